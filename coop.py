@@ -1,0 +1,82 @@
+"""CoOp: learn the words around the class name. The image tower is untouched.
+
+Zhou, Yang, Loy, Liu: Learning to Prompt for Vision-Language Models, IJCV 2022, arXiv:2109.01134
+
+    t_i = [SOS, v_1 .. v_M, CLASS_i, ".", EOT]              the prompt of class i             Eq. 2
+    p(y = i | x) = softmax_i( cos(g(t_i), f(x)) / tau )     trained with cross-entropy        Eq. 3
+
+    v_1 .. v_M   ctx  (M, D), or (K, M, D) when every class has its own      learned
+    g  clip.text      f  clip.visual      1 / tau  clip.logit_scale.exp()    frozen
+
+All classes share the start token and the context in front of the name, so those are encoded once: see TextBlock in
+clip_min.py. What the paper leaves open is settled as in its code: N(0, 0.02^2) for random contexts, weight decay on
+them, and the end-of-text place of "X .. X CLASS." for every position of the name.
+
+Copy this file and clip_min.py anywhere. B images, K classes, M = n_ctx, D text width, E joint width.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from clip_min import UserError, encode, tokenize
+
+
+class CoOp(nn.Module):
+    """n_ctx contexts at random, or the words of ctx_init; class_token_position: "end", "middle" or "front" of them.
+
+    csc=True learns a context per class (class-specific). The templates are not used: the context replaces them.
+    Learns n_ctx * D numbers, 8,192 on ViT-B with 16 contexts, K times as many with csc.
+    """
+
+    # Section 4.1 of the paper and its configuration files; epochs by shots.
+    recipe = dict(
+        optimizer="sgd", lr=0.002, warmup_epochs=1, batch_size=32, crop_scale=(0.08, 1.0),
+        epochs={1: 50, 2: 100, 4: 100, 8: 200, 16: 200, "imagenet": 50},
+    )  # fmt: skip
+
+    def __init__(self, clip, classnames, templates=("a photo of a {}.",), *, n_ctx=16, ctx_init="",
+                 class_token_position="end", csc=False):  # fmt: skip
+        super().__init__()
+        self.clip = clip.requires_grad_(False)
+        names = [name.replace("_", " ") for name in classnames]
+        n_ctx = len(encode(ctx_init)) if ctx_init else n_ctx
+        placeholder = ctx_init or " ".join(["X"] * n_ctx)
+        self.prompts = [f"{ctx_init or f'[{n_ctx} vectors]'} {name}." for name in names]  # to show, see train.py
+
+        tokens = tokenize([f"{placeholder} {name}.".strip() for name in names]).to(clip.logit_scale.device)
+        eot = tokens.argmax(dim=-1)
+        length = int(eot.max()) + 1  # nothing behind the end mark is ever read
+        words = clip.text.token_embedding(tokens[:, :length])  # (K, length, D)
+        init = words[0, 1 : 1 + n_ctx] if ctx_init else torch.empty_like(words[0, :1].expand(n_ctx, -1)).normal_(std=0.02)
+        self.ctx = nn.Parameter(init.expand(len(names), -1, -1).clone() if csc else init.clone())
+
+        if class_token_position not in ("end", "middle", "front"):
+            raise UserError(f"class_token_position is {class_token_position}: choose end, middle or front.")
+        before = {"end": n_ctx, "middle": n_ctx // 2, "front": 0}[class_token_position]  # contexts before the name
+        order = []
+        for name in names:  # where each place of the prompt comes from in SOS, context, name, ".", EOT
+            end = 1 + n_ctx + len(encode(name))
+            order.append([*range(1 + before), *range(1 + n_ctx, end), *range(1 + before, 1 + n_ctx), *range(end, length)])
+        self.n_shared = 1 if csc else 1 + before
+        for key, value in dict(sos=words[:, :1], suffix=words[:, 1 + n_ctx :], eot=eot - self.n_shared,
+                               order=torch.tensor(order, device=tokens.device)).items():  # fmt: skip
+            self.register_buffer(key, value, persistent=False)
+
+    def encode_text(self):
+        """-> (K, E), not normalised: the classifier. It does not depend on the image: one call serves an evaluation."""
+        x = torch.cat([self.sos, self.ctx.expand(len(self.sos), -1, -1), self.suffix], dim=1)  # (K, L, D)     Eq. 2
+        x = x.take_along_dim(self.order.unsqueeze(-1), dim=1)
+        x = x + self.clip.text.positional_embedding[: x.shape[1]]
+        return self.clip.text(x[:1, : self.n_shared], x[:, self.n_shared :], self.eot)
+
+    def forward(self, images, text=None):
+        """images (B, 3, R, R), text (K, E) or None to compute it -> logits (B, K)."""
+        text = self.encode_text() if text is None else text
+        with torch.no_grad():  # nothing to learn in the image tower
+            features = self.clip.encode_image(images)
+        return self.clip.logits(features, text)  # Eq. 3
+
+    def loss(self, images, labels, epoch=0):
+        """labels (B,) -> scalar cross-entropy."""
+        return F.cross_entropy(self(images), labels)

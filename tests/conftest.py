@@ -1,0 +1,87 @@
+"""What several tests need: random CLIPs of any size under OpenAI's key names, and OpenAI's own code where installed."""
+
+import importlib.util
+import math
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from clip_min import CLIP  # noqa: E402
+
+TINY = dict(joint=64, resolution=32, vision_layers=2, vision_width=128, patch=16, text_width=64, text_layers=2)
+B32 = dict(joint=512, resolution=224, vision_layers=12, vision_width=768, patch=32, text_width=512, text_layers=12)
+B16 = B32 | dict(patch=16)
+
+
+def random_state_dict(joint, resolution, vision_layers, vision_width, patch, text_width, text_layers, vocab=49408, seed=0):
+    """Random weights under OpenAI's keys, on the scale of CLIP's initialisation, so that no layer saturates."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape, std):
+        return torch.randn(*shape, generator=generator) * std
+
+    state = {
+        "visual.class_embedding": normal(vision_width, std=vision_width**-0.5),
+        "visual.positional_embedding": normal((resolution // patch) ** 2 + 1, vision_width, std=vision_width**-0.5),
+        "visual.proj": normal(vision_width, joint, std=vision_width**-0.5),
+        "visual.conv1.weight": normal(vision_width, 3, patch, patch, std=(3 * patch * patch) ** -0.5),
+        "token_embedding.weight": normal(vocab, text_width, std=0.02),
+        "positional_embedding": normal(77, text_width, std=0.01),
+        "text_projection": normal(text_width, joint, std=text_width**-0.5),
+        "logit_scale": torch.tensor(math.log(100.0)),
+    }
+    norms = {"visual.ln_pre": vision_width, "visual.ln_post": vision_width, "ln_final": text_width}
+    towers = [("visual.transformer", vision_width, vision_layers), ("transformer", text_width, text_layers)]
+    for tower, width, layers in towers:
+        for i in range(layers):
+            block = f"{tower}.resblocks.{i}"
+            norms |= {f"{block}.ln_1": width, f"{block}.ln_2": width}
+            linears = {"attn.in_proj_": (3, 1), "attn.out_proj.": (1, 1), "mlp.c_fc.": (4, 1), "mlp.c_proj.": (1, 4)}
+            for name, (rows, columns) in linears.items():
+                state[f"{block}.{name}weight"] = normal(rows * width, columns * width, std=(columns * width) ** -0.5)
+                state[f"{block}.{name}bias"] = normal(rows * width, std=0.02)
+    for name, width in norms.items():
+        state[f"{name}.weight"] = 1 + normal(width, std=0.1)
+        state[f"{name}.bias"] = normal(width, std=0.1)
+    return state
+
+
+def random_clip(**sizes):
+    return CLIP.from_state_dict(random_state_dict(**(TINY | sizes)))
+
+
+@pytest.fixture
+def clip():
+    """A small random CLIP, new for every test."""
+    return random_clip()
+
+
+def openai_module(name):
+    """OpenAI's "model" or "simple_tokenizer" from PyPI's clip-anytorch, or a skip. Its __init__ imports more: go round it."""
+    spec = importlib.util.find_spec("clip")
+    if spec is None:
+        pytest.skip("clip-anytorch is not installed: pip install clip-anytorch to compare with OpenAI's code")
+    path = Path(spec.submodule_search_locations[0]) / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(f"openai_clip_{name}", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def openai_clip(state_dict):
+    """OpenAI's CLIP with these weights, fp32, eval()."""
+    s = state_dict
+    layers = {t: len({k.split(".resblocks.")[1].split(".")[0] for k in s if k.startswith(f"{t}.resblocks.")})
+              for t in ("visual.transformer", "transformer")}  # fmt: skip
+    width, _, patch, _ = s["visual.conv1.weight"].shape
+    grid = math.isqrt(len(s["visual.positional_embedding"]) - 1)
+    vocab, text_width = s["token_embedding.weight"].shape
+    model = openai_module("model").CLIP(
+        s["text_projection"].shape[1], grid * patch, layers["visual.transformer"], width, patch,
+        len(s["positional_embedding"]), vocab, text_width, text_width // 64, layers["transformer"])  # fmt: skip
+    model.load_state_dict(s)
+    return model.eval()

@@ -1,0 +1,331 @@
+"""Train and evaluate any method on any dataset: one flat loop for all of them.
+
+    python train.py                                                   # CoOp on drawn shapes, tiny CLIP: no download
+    python train.py --method zeroshot --data dtd
+    python train.py --method coop --data dtd --shots 4                # ViT-B/16, a CUDA GPU where there is one
+    python train.py --method coop --data dtd --backbone ViT-B-16.pt   # a weights file of your own
+    python train.py --data path/to/folder --shots 4 --seeds 1 2 3     # your own photographs, a folder per class
+    python train.py --set n_ctx=4 class_token_position=middle         # a method's own options: see its file
+    python train.py --load runs/shapes/coop/tiny_16shot_seed1         # evaluate a trained prompt again
+
+Protocol of the papers: k pictures per class drawn with seeds 1, 2, 3, the model of the last epoch, top-1 on the full test
+set. A run leaves runs/DATA/METHOD/BACKBONE_SHOTSshot_seedS/ with result.json and prompts.pt, the learned tensors alone.
+"""
+
+import argparse
+import inspect
+import json
+import math
+import os
+import sys
+import time
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+
+import data
+from clip_min import UserError, load_clip, preprocess
+from coop import CoOp
+
+
+class ZeroShot(nn.Module):
+    """CLIP as it is: the templates make the classifier. Nothing is learned. Radford et al., 2021, Section 3.1."""
+
+    recipe = {}
+
+    def __init__(self, clip, classnames, templates=("a photo of a {}.",)):
+        super().__init__()
+        self.clip = clip
+        self.prompts = [templates[0].format(name.replace("_", " ")) for name in classnames]
+        self.register_buffer("text", clip.classifier(classnames, templates), persistent=False)
+
+    def encode_text(self):
+        """-> (K, E), unit rows."""
+        return self.text
+
+    def forward(self, images, text=None):
+        """images (B, 3, R, R) -> logits (B, K)."""
+        return self.clip.logits(self.clip.encode_image(images), self.text if text is None else text)
+
+
+METHODS = {"zeroshot": ZeroShot, "coop": CoOp}
+
+# On the embedded world the recipes are the papers' but for this: the pictures are tiny and the loss is flat by then.
+WORLD_EPOCHS = 50
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--method", help=f"one of {', '.join(METHODS)} (default: coop)")
+    parser.add_argument("--data", help="a dataset's name or a folder of pictures (default: shapes)")
+    parser.add_argument("--root", default="data", help="where datasets are, or are put (default: data)")
+    parser.add_argument("--shots", type=int, help="pictures per class, 0 for all (default: 16)")
+    parser.add_argument("--seeds", type=int, nargs="+", help="one run each (default: 1)")
+    parser.add_argument("--backbone", help="tiny, ViT-B/32, ViT-B/16, ViT-L/14, ViT-L/14@336px or a weights file "
+                        "(default: tiny for shapes, else ViT-B/16)")  # fmt: skip
+    parser.add_argument("--epochs", type=int, help="default: the recipe's, as for the three below")
+    parser.add_argument("--lr", type=float)
+    parser.add_argument("--batch-size", type=int)
+    parser.add_argument("--device", help="cuda, cpu, ... (default: cuda where there is one)")
+    parser.add_argument("--precision", choices=["auto", "fp32", "bf16", "fp16"], default="auto",
+                        help="of the frozen towers; learned tensors are always fp32 (auto: bf16 or fp16 on CUDA)")  # fmt: skip
+    parser.add_argument("--workers", type=int, help="processes that read pictures (default: 0 on a CPU, else up to 8)")
+    parser.add_argument("--set", nargs="+", default=[], metavar="key=value", help="options of the method")
+    parser.add_argument("--out", default="runs", help="where runs are saved (default: runs)")
+    parser.add_argument("--load", metavar="RUN", help="evaluate the prompts of a finished run instead of training")
+    args = parser.parse_args(argv)
+    try:
+        if args.load:
+            evaluate_again(args)
+        else:
+            for seed in args.seeds or [1]:
+                run(args, seed)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def run(args, seed):
+    """One training run, from settings to saved prompts."""
+    started = time.time()
+    name = args.method or "coop"
+    method_class = METHODS.get(name)
+    if method_class is None:
+        raise UserError(f"There is no method {name}: choose one of {', '.join(METHODS)}.")
+    options = parse_options(method_class, args.set, name)
+    device, dtype = choose_device(args.device, args.precision)
+    shots = 16 if args.shots is None else args.shots
+    bench = data.load(args.data or "shapes", args.root, shots, seed)
+    backbone = args.backbone or ("tiny" if bench.name in data.WORLD else "ViT-B/16")
+    recipe = resolve_recipe(method_class.recipe, bench.name, shots, args)
+    clip = load_clip(backbone, device)
+
+    print(f"method    {name} {options or ''}")
+    print(f"data      {bench.name}: {len(bench.classnames)} classes, {len(bench.train)} training pictures "
+          f"({f'{shots} shots' if shots else 'all'}, seed {seed}), {len(bench.test)} test pictures")  # fmt: skip
+    print(f"backbone  {backbone} on {device.type}, {str(dtype or torch.float32).removeprefix('torch.')}")
+    print(f"recipe    {', '.join(f'{key} {value}' for key, value in recipe.items()) or 'nothing to train'}")
+
+    torch.manual_seed(seed)  # initial prompts, order of pictures, augmentation
+    method = method_class(clip, bench.classnames, bench.templates, **options).to(device)
+    trainable = sum(p.numel() for p in method.parameters() if p.requires_grad)
+    print(f"prompts   {' | '.join(method.prompts[:3])}   ({trainable:,} numbers to learn)")
+
+    test_loader = picture_loader(bench, bench.test, preprocess(clip.visual.resolution), 100, device, args.workers)
+    zero_shot = ZeroShot(clip, bench.classnames, bench.templates) if trainable else method
+    zero_shot_accuracy = accuracy = evaluate(zero_shot, test_loader, device, dtype)
+    print(f"zero-shot {zero_shot_accuracy:.2f} %")
+    seconds_training = 0.0
+    if trainable:
+        began = time.time()
+        final_loss = train(method, bench, recipe, device, dtype, args.workers)
+        seconds_training = time.time() - began
+        accuracy = evaluate(method, test_loader, device, dtype)
+        chance = math.log(len(bench.classnames))
+        if accuracy < zero_shot_accuracy or (len(bench.classnames) > 1 and final_loss > 0.97 * chance):
+            print(f"warning: training ended at loss {final_loss:.3f} (chance is ln K = {chance:.3f}) with {accuracy:.2f} %, "
+                  f"zero-shot is {zero_shot_accuracy:.2f} %: it has collapsed or harmed, try a smaller --lr.")  # fmt: skip
+    print(f"accuracy  {accuracy:.2f} % of {len(bench.test)} test pictures after the last epoch")
+
+    folder = Path(args.out) / bench.name / name / f"{backbone_label(backbone)}_{shots}shot_seed{seed}"
+    learned = {key: p.detach().cpu() for key, p in method.named_parameters() if p.requires_grad}
+    save(folder / "prompts.pt", torch.save, dict(
+        method=name, options=options, data=args.data or "shapes", shots=shots, seed=seed, backbone=backbone,
+        classnames=list(bench.classnames), templates=list(bench.templates), tensors=learned))  # fmt: skip
+    save(folder / "result.json", write_json, dict(
+        method=name, data=bench.name, backbone=backbone, shots=shots, seed=seed, classes=len(bench.classnames),
+        train_images=len(bench.train), test_images=len(bench.test), zero_shot=round(zero_shot_accuracy, 4),
+        accuracy=round(accuracy, 4), published=None, published_source=None, shifts={}, trainable_parameters=trainable,
+        seconds_training=round(seconds_training, 2), seconds_total=round(time.time() - started, 2),
+        epochs=recipe.get("epochs", 0), recipe=recipe, options=options, picks=bench.picks, torch=torch.__version__,
+        device=torch.cuda.get_device_name() if device.type == "cuda" else device.type))  # fmt: skip
+    print(f"saved     {folder}")
+
+
+def train(method, bench, recipe, device, dtype, workers):
+    """The loop. -> mean loss of the last epoch. Only the method's own parameters change."""
+    augment = data.augment(method.clip.visual.resolution, recipe["crop_scale"])
+    loader = picture_loader(bench, bench.train, augment, recipe["batch_size"], device, workers, training=True)
+    groups = method.parameter_groups() if hasattr(method, "parameter_groups") else [
+        {"params": [p for p in method.parameters() if p.requires_grad]}]  # fmt: skip
+    if recipe["optimizer"] == "sgd":
+        optimizer = torch.optim.SGD(groups, lr=recipe["lr"], momentum=0.9, weight_decay=5e-4)
+    else:
+        optimizer = torch.optim.AdamW(groups, lr=recipe["lr"], eps=1e-4, weight_decay=0.01)
+    base = [(g["lr"], g.get("warmup_epochs", recipe["warmup_epochs"])) for g in optimizer.param_groups]
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    began, epochs = time.time(), recipe["epochs"]
+    method.train()
+    for epoch in range(epochs):
+        for group, (lr, warmup) in zip(optimizer.param_groups, base, strict=True):
+            group["lr"] = learning_rate(lr, epoch, epochs, warmup)
+        losses = []
+        for images, labels in loader:
+            images, labels = (x.to(device, non_blocking=True) for x in (images, labels))
+            with torch.autocast(device.type, dtype, enabled=dtype is not None):
+                loss = method.loss(images, labels, epoch)
+            optimizer.zero_grad()
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            losses.append(loss.detach())  # read once per epoch: reading each would make a GPU wait
+        losses = torch.stack(losses).tolist()
+        for step, value in enumerate(losses):
+            if not math.isfinite(value):
+                rates = ", ".join(f"{g['lr']:.2g}" for g in optimizer.param_groups)
+                raise UserError(f"The loss became {value} in epoch {epoch + 1}, step {step + 1}, at learning rate {rates}: "
+                                "nothing was saved, try a smaller --lr or --precision fp32.")  # fmt: skip
+        mean = sum(losses) / len(losses)
+        rates = "/".join(dict.fromkeys(f"{g['lr']:.2g}" for g in optimizer.param_groups))
+        left = (time.time() - began) / (epoch + 1) * (epochs - epoch - 1)
+        line = f"epoch {epoch + 1}/{epochs}  loss {mean:.3f}  lr {rates}  {left:.0f} s left"
+        if sys.stdout.isatty() or epoch == epochs - 1:  # one line that is written over; in a log only the last
+            print("\r" + line.ljust(70), end="\n" if epoch == epochs - 1 else "", flush=True)
+    return mean
+
+
+def learning_rate(base, epoch, epochs, warmup):
+    """Dassl's schedule, per epoch: 1e-5 for the first `warmup`, then a cosine whose period is not shortened by them.
+
+    So it starts at base and ends above zero. CoOp, VPT, DPT and UPT were trained with it.
+    """
+    return 1e-5 if epoch < warmup else base / 2 * (1 + math.cos(math.pi * (epoch - warmup) / epochs))
+
+
+@torch.no_grad()
+def evaluate(method, loader, device, dtype):
+    """-> top-1 accuracy in percent of all pictures (micro average). The text features are computed once."""
+    method.eval()
+    correct = torch.zeros((), dtype=torch.long, device=device)
+    with torch.autocast(device.type, dtype, enabled=dtype is not None):
+        text = method.encode_text()
+        for images, labels in loader:
+            images, labels = (x.to(device, non_blocking=True) for x in (images, labels))
+            correct += (method(images, text).argmax(dim=-1) == labels).sum()
+    return 100 * correct.item() / len(loader.dataset)
+
+
+def picture_loader(bench, items, transform, batch_size, device, workers, training=False):
+    """Batches of (images, labels). Few-shot pictures are decoded once and kept, if they fit (data.KEEP_BYTES)."""
+    pictures = data.Pictures(items, transform, bench.own)
+    if training:
+        pictures.keep()
+    if workers is None:
+        workers = 0 if device.type == "cpu" else min(8, os.cpu_count() or 1)  # on a CPU the towers need the cores
+    # A last short batch is dropped unless it is the only one, as Dassl does.
+    return DataLoader(pictures, batch_size, shuffle=training, drop_last=training and len(items) >= batch_size,
+                      num_workers=workers, persistent_workers=workers > 0, pin_memory=device.type == "cuda")  # fmt: skip
+
+
+def resolve_recipe(recipe, data_name, shots, args):
+    """The paper's settings for this dataset and number of shots, with the flags that were given on top."""
+    recipe = dict(recipe)
+    if not recipe:
+        return recipe
+    by_shots = recipe["epochs"]
+    if data_name in data.WORLD:
+        recipe["epochs"] = WORLD_EPOCHS
+    elif data_name in by_shots:
+        recipe["epochs"] = by_shots[data_name]
+    else:  # between the papers' shot counts the next lower one decides; all pictures count as the most
+        counts = [n for n in by_shots if isinstance(n, int)]
+        recipe["epochs"] = by_shots[max((n for n in counts if n <= (shots or max(counts))), default=min(counts))]
+    for key in ("epochs", "lr", "batch_size"):
+        if (given := getattr(args, key)) is not None:
+            if given <= 0:
+                raise UserError(f"--{key.replace('_', '-')} is {given}: it must be above zero.")
+            recipe[key] = given
+    return recipe
+
+
+def parse_options(method_class, pairs, name):
+    """["n_ctx=4", ...] -> {"n_ctx": 4, ...}: the keyword-only arguments of the method, typed as their defaults are."""
+    signature = inspect.signature(method_class).parameters.values()
+    defaults = {p.name: p.default for p in signature if p.kind is p.KEYWORD_ONLY}
+    options = {}
+    for pair in pairs:
+        key, _, value = pair.partition("=")
+        if key not in defaults:
+            known = ", ".join(f"{k}={v}" for k, v in defaults.items()) or "none"
+            raise UserError(f"{name} has no option {key}; its options and their defaults: {known}.")
+        kind = type(defaults[key])
+        try:
+            options[key] = {"true": True, "false": False}[value.lower()] if kind is bool else kind(value)
+        except (KeyError, ValueError):
+            raise UserError(f"--set {pair}: {key} takes a {kind.__name__}, such as {defaults[key]}.") from None
+    return options
+
+
+def choose_device(device, precision):
+    """-> (torch.device, autocast dtype or None for fp32). bf16 and fp16 are chosen by themselves on CUDA only."""
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise UserError(f"--device {device}: PyTorch finds no CUDA GPU here; use --device cpu or install its CUDA build.")
+    try:
+        device = torch.device(device)
+    except RuntimeError as error:
+        raise UserError(f"--device {device} is not a device that PyTorch knows: use cuda or cpu.") from error
+    if precision == "auto":
+        precision = "fp32" if device.type != "cuda" else "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+    return device, {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+
+
+def evaluate_again(args):
+    """--load: the saved prompts on the full test set again. The data come from --root, the rest from the run."""
+    saved, bench, method, device, dtype = restore(args)
+    loader = picture_loader(bench, bench.test, preprocess(method.clip.visual.resolution), 100, device, args.workers)
+    accuracy = evaluate(method, loader, device, dtype)
+    print(f"accuracy  {accuracy:.2f} % of {len(bench.test)} test pictures of {bench.name} with {saved['method']} of {args.load}")
+
+
+def restore(args):
+    """A finished run -> (its saved settings, Benchmark, method with the learned tensors, device, dtype)."""
+    path = Path(args.load) / "prompts.pt"
+    if not path.is_file():
+        raise UserError(f"{path} does not exist: give --load the folder of a finished run.")
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        name, tensors = saved["method"], saved["tensors"]
+    except Exception as error:
+        raise UserError(f"{path} is not a prompt file of train.py ({type(error).__name__}): train again.") from error
+    if (args.method or name) != name:
+        raise UserError(f"{path} holds prompts of {name}, not of {args.method}: leave --method out.")
+    device, dtype = choose_device(args.device, args.precision)
+    bench = data.load(args.data or saved["data"], args.root, saved["shots"], saved["seed"])
+    if list(bench.classnames) != saved["classnames"]:
+        raise UserError(f"{path} was trained for other classes ({', '.join(saved['classnames'][:3])}, ...) than those of "
+                        f"{bench.name} ({', '.join(bench.classnames[:3])}, ...): choose the data of that run.")  # fmt: skip
+    clip = load_clip(args.backbone or saved["backbone"], device)
+    method = METHODS[name](clip, bench.classnames, saved["templates"], **saved["options"]).to(device)
+    parameters = {key: p for key, p in method.named_parameters() if p.requires_grad}
+    if {k: v.shape for k, v in tensors.items()} != {k: p.shape for k, p in parameters.items()}:
+        raise UserError(f"The tensors in {path} do not fit {name} on this backbone: use {saved['backbone']}.")
+    with torch.no_grad():
+        for key, parameter in parameters.items():
+            parameter.copy_(tensors[key])
+    return saved, bench, method, device, dtype
+
+
+def backbone_label(backbone):
+    """ "ViT-B/16" -> "ViT-B-16", "~/weights/ViT-B-16.pt" -> "ViT-B-16": a folder name."""
+    return Path(backbone).stem if Path(backbone).expanduser().is_file() else backbone.replace("/", "-")
+
+
+def write_json(value, path):
+    path.write_text(json.dumps(value, indent=1) + "\n")
+
+
+def save(path, write, value):
+    """write(value, path), whole or not at all: into a file beside it that is then renamed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    write(value, part)
+    part.replace(path)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
