@@ -7,12 +7,11 @@ github.com/openai/CLIP (MIT): same token ids, same key names, same outputs; ViT 
     g(text)  = project(blocks(embed(tokens)))       (K, 77)      -> (K, E)
     logits   = exp(logit_scale) * cos(f, g)         (B, K)
 
-The stages are public because prompt learning works between them: a method writes the loop over the blocks itself.
-Two shortcuts, both exact in outputs and gradients, make that loop several times faster than OpenAI's code:
+Prompt learning works between the stages: a method writes the loop over the blocks itself. Two shortcuts, exact in
+outputs and gradients, make it several times faster than OpenAI's code:
 
-  * Text prompts share their beginning ("a photo of a", or learned context). Attention is causal, so the states of those
-    tokens never see the class name: they are the same for every class and are computed once, not K times. And nothing
-    after the end-of-text token is computed, instead of always 77 positions.
+  * Prompts begin alike ("a photo of a", or learned context). Attention is causal, so the states of those tokens never
+    see the class name: they are computed once, not K times. Nothing behind the end-of-text token is computed at all.
   * The last block computes only the one token that `project` reads.
 
 B images, R resolution, N patches, K texts, P shared tokens, S own tokens per text, D width of a tower, E joint width.
@@ -28,7 +27,8 @@ import pickle
 import sys
 import urllib.request
 import zipfile
-from collections import OrderedDict
+from collections import Counter, OrderedDict
+from contextlib import nullcontext
 from http.client import HTTPException
 from pathlib import Path
 
@@ -37,7 +37,8 @@ import regex
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Normalize, Resize, ToTensor
+from torch.amp.autocast_mode import is_autocast_available
+from torchvision import transforms
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 ASSETS = Path(__file__).parent / "assets"
@@ -49,8 +50,12 @@ class UserError(ValueError):
 
 def preprocess(resolution):
     """CLIP's picture pipeline: an RGB PIL image -> (3, resolution, resolution) float tensor."""
-    bicubic = InterpolationMode.BICUBIC
-    return Compose([Resize(resolution, bicubic), CenterCrop(resolution), ToTensor(), Normalize(MEAN, STD)])
+    return transforms.Compose([
+        transforms.Resize(resolution, transforms.InterpolationMode.BICUBIC),
+        transforms.CenterCrop(resolution),
+        transforms.ToTensor(),
+        transforms.Normalize(MEAN, STD),
+    ])
 
 
 # ---------------------------------------------------------------------------------------------------------- tokenizer
@@ -69,7 +74,7 @@ def vocabulary():
     path = ASSETS / "bpe_merges.txt.gz"
     if not path.exists():
         raise UserError(f"The tokenizer's vocabulary {path} is missing: copy it from the project, or put OpenAI's "
-                        "bpe_simple_vocab_16e6.txt.gz there (github.com/openai/CLIP, PyPI's clip-anytorch).")  # fmt: skip
+                        "bpe_simple_vocab_16e6.txt.gz there (github.com/openai/CLIP, PyPI's clip-anytorch).")
     # The file writes bytes as printable characters: those that are printable as themselves, the rest from U+0100 on.
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     order = printable + [b for b in range(256) if b not in printable]
@@ -91,16 +96,12 @@ def encode_word(word):
         return (49406 + (word == "<|endoftext|>"),)
     parts = [byte_ids[b] for b in word.encode("utf-8")]
     parts[-1] += 256  # the byte's twin that ends a word
-    while len(parts) > 1:
-        pair = min(set(zip(parts, parts[1:], strict=False)), key=lambda p: merges.get(p, math.inf))
-        if pair not in merges:
-            break
-        merged, i = [], 0
-        while i < len(parts):
-            match = parts[i] == pair[0] and i + 1 < len(parts) and parts[i + 1] == pair[1]
-            merged.append(merges[pair] if match else parts[i])
-            i += 2 if match else 1
-        parts = merged
+    while pairs := merges.keys() & set(zip(parts, parts[1:], strict=False)):
+        pair, i = min(pairs, key=merges.get), 0
+        while i < len(parts) - 1:
+            if (parts[i], parts[i + 1]) == pair:
+                parts[i : i + 2] = [merges[pair]]
+            i += 1
     return tuple(parts)
 
 
@@ -112,7 +113,7 @@ def encode(text):
 
 
 def tokenize(texts, context_length=77):
-    """One text or n -> (n, context_length) int64: start, ids, end (the largest id), zeros. UserError if one is too long."""
+    """n texts -> (n, context_length) int64: start, ids, end (the largest id), zeros. UserError if one is too long."""
     texts = [texts] if isinstance(texts, str) else texts
     tokens = torch.zeros(len(texts), context_length, dtype=torch.long)
     for row, text in zip(tokens, texts, strict=True):
@@ -120,17 +121,12 @@ def tokenize(texts, context_length=77):
         if len(ids) > context_length:
             shown = text if len(text) <= 80 else text[:77] + "..."
             raise UserError(f'"{shown}" is {len(ids)} tokens long with its start and end marks, CLIP reads '
-                            f"{context_length}: shorten the class name, the template or the context.")  # fmt: skip
+                            f"{context_length}: shorten the class name, the template or the context.")
         row[: len(ids)] = torch.tensor(ids)
     return tokens
 
 
 # ------------------------------------------------------------------------------------------------------------- towers
-
-
-class QuickGELU(nn.Module):
-    def forward(self, x):
-        return x * torch.sigmoid(1.702 * x)
 
 
 class Attention(nn.Module):
@@ -168,8 +164,7 @@ class Block(nn.Module):
         self.last = last
         self.attn = Attention(width)
         self.ln_1, self.ln_2 = nn.LayerNorm(width), nn.LayerNorm(width)
-        layers = {"c_fc": nn.Linear(width, 4 * width), "gelu": QuickGELU(), "c_proj": nn.Linear(4 * width, width)}
-        self.mlp = nn.Sequential(OrderedDict(layers))
+        self.mlp = nn.ModuleDict({"c_fc": nn.Linear(width, 4 * width), "c_proj": nn.Linear(4 * width, width)})
 
     def forward(self, x):
         h = self.ln_1(x)
@@ -180,10 +175,11 @@ class Block(nn.Module):
 
     def finish(self, x, attended):
         x = x + attended
-        return x + self.mlp(self.ln_2(x))
+        h = self.mlp["c_fc"](self.ln_2(x))
+        return x + self.mlp["c_proj"](h * torch.sigmoid(1.702 * h))  # QuickGELU
 
     def attention_weights(self, x):
-        """The weights that forward(x) uses: (B, N, D) -> (B, H, N, N), rows sum to 1. For rollout and attention maps."""
+        """The weights that forward(x) uses, for rollout and maps: (B, N, D) -> (B, H, N, N), rows sum to 1."""
         h = self.ln_1(x)
         q, (k, _) = self.attn.query(h), self.attn.key_value(h)
         return (q @ k.mT / math.sqrt(q.shape[-1])).softmax(dim=-1)
@@ -245,7 +241,7 @@ class VisionTransformer(nn.Module):
 
 
 class TextTransformer(nn.Module):
-    """Text tower. `shared, own, eot = embed(tokens)`, then `shared, own = block(shared, own, eot)`, then `project(own)`."""
+    """Text tower. `shared, own, eot = embed(tokens)`, `shared, own = block(shared, own, eot)`, then `project(own)`."""
 
     def __init__(self, context_length, vocab_size, width, layers, joint):
         super().__init__()
@@ -256,7 +252,7 @@ class TextTransformer(nn.Module):
         self.text_projection = nn.Parameter(torch.empty(width, joint))
 
     def embed(self, tokens):
-        """(K, 77) -> shared (1, P, D), own (K, S, D), eot (K,); P is the longest common beginning without an end mark."""
+        """(K, 77) -> shared (1, P, D), own (K, S, D), eot (K,). P: the longest common beginning without an end mark."""
         eot = tokens.argmax(dim=-1)
         alike = (tokens == tokens[:1]).all(dim=0).long().cumprod(dim=0).sum()
         p, end = min(int(alike), int(eot.min())), int(eot.max()) + 1
@@ -291,42 +287,43 @@ class CLIP(nn.Module):
         return self.text(*self.text.embed(tokens))
 
     def logits(self, image_features, text_features):
-        """(B, E), (K, E) -> (B, K): exp(logit_scale) * cosine, in fp32 under any autocast (bf16 would cost whole units)."""
-        with torch.autocast(image_features.device.type, enabled=False):
+        """(B, E), (K, E) -> (B, K): exp(logit_scale) * cosine, in fp32 also under autocast (logits of 30 need it)."""
+        device = image_features.device.type
+        with torch.autocast(device, enabled=False) if is_autocast_available(device) else nullcontext():
             image, text = (F.normalize(x.float(), dim=-1) for x in (image_features, text_features))
             return self.logit_scale.exp() * image @ text.T
 
     @torch.no_grad()
     def classifier(self, classnames, templates=("a photo of a {}.",)):
         """The zero-shot classifier: unit text features (K, E), for several templates the mean of theirs made unit."""
-        device = self.logit_scale.device
-        total = 0
+        features = []
         for template in templates:
-            tokens = tokenize([template.format(name.replace("_", " ")) for name in classnames]).to(device)
-            total = total + F.normalize(self.encode_text(tokens), dim=-1)
-        return F.normalize(total, dim=-1)
+            tokens = tokenize([template.format(name.replace("_", " ")) for name in classnames])
+            features.append(F.normalize(self.encode_text(tokens.to(self.logit_scale.device)), dim=-1))
+        return F.normalize(sum(features), dim=-1)
 
     @classmethod
     def from_state_dict(cls, state_dict):
-        """OpenAI's keys -> CLIP with fp32 parameters, frozen, in eval mode. Strict: UserError on any missing key or shape."""
-        state = {k: v for k, v in state_dict.items() if k not in ("input_resolution", "context_length", "vocab_size")}
-        if any(k.startswith("visual.layer1.") for k in state):
+        """OpenAI's keys -> CLIP with fp32 parameters, frozen, eval(). Strict: UserError on any key or shape amiss."""
+        if isinstance(state_dict, dict) and "visual.layer1.0.conv1.weight" in state_dict:
             raise UserError("These are the weights of a ResNet CLIP, and only ViT models are supported: use ViT-B/16.")
-        # Ours differ in two ways: blocks lie directly in their tower, and the text tower is a module of its own.
-        state = {k.replace("transformer.resblocks.", "blocks."): v.float() for k, v in state.items()}
-        state = {k if k.startswith(("visual.", "logit_scale")) else "text." + k: v for k, v in state.items()}
-        depth = {t: len({k.split(".")[2] for k in state if k.startswith(t + ".blocks.")}) for t in ("visual", "text")}
+        notes = {"input_resolution", "context_length", "vocab_size"}  # in OpenAI's archives, beside the weights
         try:
+            state = {}  # under our keys: blocks lie directly in their tower, the text tower is a module of its own
+            for key in state_dict.keys() - notes:
+                prefix = "" if key.startswith(("visual.", "logit_scale")) else "text."
+                state[prefix + key.replace("transformer.resblocks.", "blocks.")] = state_dict[key].float()
+            depth = Counter(".".join(k.split(".")[:2]) for k in state if k.endswith(".ln_1.weight"))
             vision_width, _, patch, _ = state["visual.conv1.weight"].shape
             grid = math.isqrt(len(state["visual.positional_embedding"]) - 1)
             context_length, text_width = state["text.positional_embedding"].shape
             joint = state["text.text_projection"].shape[1]
             vocab_size = len(state["text.token_embedding.weight"])
             with torch.device("meta"):  # no memory and no random initialisation: the tensors are assigned below
-                clip = cls(VisionTransformer(grid * patch, patch, vision_width, depth["visual"], joint),
-                           TextTransformer(context_length, vocab_size, text_width, depth["text"], joint))  # fmt: skip
+                clip = cls(VisionTransformer(grid * patch, patch, vision_width, depth["visual.blocks"], joint),
+                           TextTransformer(context_length, vocab_size, text_width, depth["text.blocks"], joint))
             clip.load_state_dict(state, strict=True, assign=True)
-        except (KeyError, RuntimeError, ValueError) as error:
+        except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
             detail = " ".join(str(error).split())[:300]
             raise UserError(f"These are not the weights of a CLIP ViT under OpenAI's key names: {detail}") from error
         return clip.requires_grad_(False).eval()
@@ -334,7 +331,7 @@ class CLIP(nn.Module):
 
 # ------------------------------------------------------------------------------------------------------------ weights
 
-# Per name: the file that open_clip uses today for OpenAI's weights, then OpenAI's own, whose folder is the file's sha256
+# Per name: the file that open_clip uses today for OpenAI's weights, then OpenAI's own, whose folder is its sha256
 # (users report the latter as gone since October 2025: openai/CLIP issue 516).
 HUB = "https://huggingface.co/timm/vit_{}.openai/resolve/main/open_clip_model.safetensors"
 OPENAI = "https://openaipublic.azureedge.net/clip/models/{}/{}.pt"
@@ -347,7 +344,7 @@ SOURCES = {
 
 
 def load_clip(name_or_path, device="cpu"):
-    """"tiny", a name in SOURCES or a weights file -> CLIP with fp32 parameters, frozen, eval(). UserError if it cannot."""
+    """"tiny", a name in SOURCES or a weights file -> CLIP with fp32 parameters, frozen, eval(); or UserError."""
     path = ASSETS / "tiny_clip.safetensors.gz" if name_or_path == "tiny" else Path(name_or_path).expanduser()
     if name_or_path in SOURCES:
         path = find_weights(name_or_path)
@@ -362,7 +359,7 @@ def find_weights(name):
     stem = name.replace("/", "-").replace("@", "-")
     cache, reasons = Path.home() / ".cache" / "clip", []
     sources = {cache / f"{stem}.safetensors": (HUB.format(hub), None),
-               cache / f"{stem}.pt": (OPENAI.format(sha256, stem), sha256)}  # fmt: skip
+               cache / f"{stem}.pt": (OPENAI.format(sha256, stem), sha256)}
     for path in sources:
         if path.is_file():
             return path
@@ -384,11 +381,11 @@ def download(url, path, algorithm=None, digest=None, check=None):
     """
     path = Path(path)
     part = path.with_name(path.name + ".part")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    have = part.stat().st_size if part.exists() else 0
-    request = urllib.request.Request(url, headers={"Range": f"bytes={have}-", "User-Agent": "clip_min"})
     print(f"Downloading {url}", file=sys.stderr)
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        have = part.stat().st_size if part.exists() else 0
+        request = urllib.request.Request(url, headers={"Range": f"bytes={have}-", "User-Agent": "clip_min"})
         with urllib.request.urlopen(request, timeout=60) as response:
             have = have if response.status == 206 else 0  # a server without ranges sends the whole file again
             total = have + int(response.headers.get("Content-Length") or 0)
@@ -426,7 +423,7 @@ DTYPES = {  # as safetensors and as TorchScript archives call them
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
     "DoubleStorage": torch.float64, "FloatStorage": torch.float32, "HalfStorage": torch.float16,
     "BFloat16Storage": torch.bfloat16, "LongStorage": torch.int64,
-}  # fmt: skip
+}
 
 
 def read_weights(path):
@@ -445,7 +442,8 @@ def read_weights(path):
             with zipfile.ZipFile(path) as archive:
                 if any(name.endswith("/constants.pkl") for name in archive.namelist()):
                     return read_torchscript(archive)
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with open(path, "rb") as file:  # torch.load goes by the name if it gets one
+            return torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # a broken file can fail anywhere in the readers
         detail = " ".join(str(error).split())[:200]
         raise UserError(f"{path} is not a whole weights file ({detail}): download it again.") from error
@@ -463,6 +461,8 @@ def read_safetensors(file):
             raise ValueError(f"the data of {key} is not all there")
         state[key] = torch.frombuffer(raw, dtype=DTYPES[entry["dtype"]]).view(entry["shape"])
         position = end
+    if file.read(1):  # reading to the end also has gzip check its sum
+        raise ValueError("there is more behind the last tensor")
     return state
 
 

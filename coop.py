@@ -33,35 +33,38 @@ class CoOp(nn.Module):
     recipe = dict(
         optimizer="sgd", lr=0.002, warmup_epochs=1, batch_size=32, crop_scale=(0.08, 1.0),
         epochs={1: 50, 2: 100, 4: 100, 8: 200, 16: 200, "imagenet": 50},
-    )  # fmt: skip
+    )
 
     def __init__(self, clip, classnames, templates=("a photo of a {}.",), *, n_ctx=16, ctx_init="",
-                 class_token_position="end", csc=False):  # fmt: skip
+                 class_token_position="end", csc=False):
         super().__init__()
+        if n_ctx < 0:
+            raise UserError(f"n_ctx is {n_ctx}: it must be 0 or more.")
+        if class_token_position not in ("end", "middle", "front"):
+            raise UserError(f"class_token_position is {class_token_position}: choose end, middle or front.")
         self.clip = clip.requires_grad_(False)
-        names = [name.replace("_", " ") for name in classnames]
+        names, ctx_init = [name.replace("_", " ") for name in classnames], ctx_init.replace("_", " ")
         n_ctx = len(encode(ctx_init)) if ctx_init else n_ctx
-        placeholder = ctx_init or " ".join(["X"] * n_ctx)
-        self.prompts = [f"{ctx_init or f'[{n_ctx} vectors]'} {name}." for name in names]  # to show, see train.py
+        self.prompts = [f"{ctx_init or f'[{n_ctx} vectors]'} {name}." for name in names]  # for people to read
 
-        tokens = tokenize([f"{placeholder} {name}.".strip() for name in names]).to(clip.logit_scale.device)
+        placeholder = ctx_init or " ".join(["X"] * n_ctx)
+        tokens = tokenize([f"{placeholder} {name}." for name in names]).to(clip.logit_scale.device)
         eot = tokens.argmax(dim=-1)
         length = int(eot.max()) + 1  # nothing behind the end mark is ever read
         words = clip.text.token_embedding(tokens[:, :length])  # (K, length, D)
-        init = words[0, 1 : 1 + n_ctx] if ctx_init else torch.empty_like(words[0, :1].expand(n_ctx, -1)).normal_(std=0.02)
-        self.ctx = nn.Parameter(init.expand(len(names), -1, -1).clone() if csc else init.clone())
+        ctx = words[:, 1 : 1 + n_ctx] if csc else words[0, 1 : 1 + n_ctx]
+        self.ctx = nn.Parameter(ctx.clone() if ctx_init else torch.empty_like(ctx).normal_(std=0.02))
 
-        if class_token_position not in ("end", "middle", "front"):
-            raise UserError(f"class_token_position is {class_token_position}: choose end, middle or front.")
         before = {"end": n_ctx, "middle": n_ctx // 2, "front": 0}[class_token_position]  # contexts before the name
-        order = []
-        for name in names:  # where each place of the prompt comes from in SOS, context, name, ".", EOT
-            end = 1 + n_ctx + len(encode(name))
-            order.append([*range(1 + before), *range(1 + n_ctx, end), *range(1 + before, 1 + n_ctx), *range(end, length)])
         self.n_shared = 1 if csc else 1 + before
-        for key, value in dict(sos=words[:, :1], suffix=words[:, 1 + n_ctx :], eot=eot - self.n_shared,
-                               order=torch.tensor(order, device=tokens.device)).items():  # fmt: skip
-            self.register_buffer(key, value, persistent=False)
+        order = []  # where each place of a prompt comes from in SOS, context, name, ".", EOT
+        for name in names:
+            end, rest = 1 + n_ctx + len(encode(name)), range(1 + before, 1 + n_ctx)
+            order.append([*range(1 + before), *range(1 + n_ctx, end), *rest, *range(end, length)])
+        self.register_buffer("order", torch.tensor(order, device=tokens.device), persistent=False)
+        self.register_buffer("sos", words[:, :1], persistent=False)
+        self.register_buffer("suffix", words[:, 1 + n_ctx :], persistent=False)
+        self.register_buffer("eot", eot - self.n_shared, persistent=False)
 
     def encode_text(self):
         """-> (K, E), not normalised: the classifier. It does not depend on the image: one call serves an evaluation."""

@@ -8,8 +8,8 @@
     python train.py --set n_ctx=4 class_token_position=middle         # a method's own options: see its file
     python train.py --load runs/shapes/coop/tiny_16shot_seed1         # evaluate a trained prompt again
 
-Protocol of the papers: k pictures per class drawn with seeds 1, 2, 3, the model of the last epoch, top-1 on the full test
-set. A run leaves runs/DATA/METHOD/BACKBONE_SHOTSshot_seedS/ with result.json and prompts.pt, the learned tensors alone.
+The papers' protocol: k pictures per class drawn with seeds 1, 2, 3, the model of the last epoch, top-1 on the full
+test set. A run leaves runs/DATA/METHOD/BACKBONE_SHOTSshot_seedS/ with result.json and prompts.pt, the learned tensors.
 """
 
 import argparse
@@ -64,26 +64,32 @@ def main(argv=None):
     parser.add_argument("--shots", type=int, help="pictures per class, 0 for all (default: 16)")
     parser.add_argument("--seeds", type=int, nargs="+", help="one run each (default: 1)")
     parser.add_argument("--backbone", help="tiny, ViT-B/32, ViT-B/16, ViT-L/14, ViT-L/14@336px or a weights file "
-                        "(default: tiny for shapes, else ViT-B/16)")  # fmt: skip
+                        "(default: tiny for shapes, else ViT-B/16)")
     parser.add_argument("--epochs", type=int, help="default: the recipe's, as for the three below")
     parser.add_argument("--lr", type=float)
     parser.add_argument("--batch-size", type=int)
     parser.add_argument("--device", help="cuda, cpu, ... (default: cuda where there is one)")
     parser.add_argument("--precision", choices=["auto", "fp32", "bf16", "fp16"], default="auto",
-                        help="of the frozen towers; learned tensors are always fp32 (auto: bf16 or fp16 on CUDA)")  # fmt: skip
+                        help="of the frozen towers; learned tensors are always fp32 (auto: bf16 or fp16 on CUDA)")
     parser.add_argument("--workers", type=int, help="processes that read pictures (default: 0 on a CPU, else up to 8)")
-    parser.add_argument("--set", nargs="+", default=[], metavar="key=value", help="options of the method")
+    parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="key=value",
+                        help="options of the method")
     parser.add_argument("--out", default="runs", help="where runs are saved (default: runs)")
     parser.add_argument("--load", metavar="RUN", help="evaluate the prompts of a finished run instead of training")
     args = parser.parse_args(argv)
     try:
+        for flag, least in ("epochs", 1), ("lr", 1e-30), ("batch_size", 1), ("workers", 0), ("shots", 0):
+            if (given := getattr(args, flag)) is not None and not given >= least:
+                allowed = "above 0" if least else "0 or more"
+                raise UserError(f"--{flag.replace('_', '-')} is {given}: it must be {allowed}.")
         if args.load:
             evaluate_again(args)
         else:
             for seed in args.seeds or [1]:
                 run(args, seed)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        sentence = str(error).rpartition("UserError: ")[2].strip()  # a DataLoader worker puts its traceback in front
+        print(f"error: {sentence}", file=sys.stderr)
         return 2
     return 0
 
@@ -99,13 +105,15 @@ def run(args, seed):
     device, dtype = choose_device(args.device, args.precision)
     shots = 16 if args.shots is None else args.shots
     bench = data.load(args.data or "shapes", args.root, shots, seed)
-    backbone = args.backbone or ("tiny" if bench.name in data.WORLD else "ViT-B/16")
-    recipe = resolve_recipe(method_class.recipe, bench.name, shots, args)
+    backbone = args.backbone or ("tiny" if bench.name in data.WORLD and not bench.own else "ViT-B/16")
+    recipe = resolve_recipe(method_class.recipe, None if bench.own else bench.name, shots, args)
     clip = load_clip(backbone, device)
+    folder = Path(args.out) / bench.name / name / f"{backbone_label(backbone)}_{shots}shot_seed{seed}"
+    make_folder(Path(args.out))  # now, so that a place that cannot be written to does not cost a training
 
     print(f"method    {name} {options or ''}")
     print(f"data      {bench.name}: {len(bench.classnames)} classes, {len(bench.train)} training pictures "
-          f"({f'{shots} shots' if shots else 'all'}, seed {seed}), {len(bench.test)} test pictures")  # fmt: skip
+          f"({f'{shots} shots' if shots else 'all'}, seed {seed}), {len(bench.test)} test pictures")
     print(f"backbone  {backbone} on {device.type}, {str(dtype or torch.float32).removeprefix('torch.')}")
     print(f"recipe    {', '.join(f'{key} {value}' for key, value in recipe.items()) or 'nothing to train'}")
 
@@ -125,23 +133,25 @@ def run(args, seed):
         seconds_training = time.time() - began
         accuracy = evaluate(method, test_loader, device, dtype)
         chance = math.log(len(bench.classnames))
-        if accuracy < zero_shot_accuracy or (len(bench.classnames) > 1 and final_loss > 0.97 * chance):
-            print(f"warning: training ended at loss {final_loss:.3f} (chance is ln K = {chance:.3f}) with {accuracy:.2f} %, "
-                  f"zero-shot is {zero_shot_accuracy:.2f} %: it has collapsed or harmed, try a smaller --lr.")  # fmt: skip
+        if accuracy < zero_shot_accuracy or 0 < 0.97 * chance < final_loss:
+            print(f"warning: training ended at loss {final_loss:.3f} (chance is ln K = {chance:.3f}) and "
+                  f"{accuracy:.2f} % (zero-shot {zero_shot_accuracy:.2f} %): it collapsed or did harm, "
+                  "try a smaller --lr.")
     print(f"accuracy  {accuracy:.2f} % of {len(bench.test)} test pictures after the last epoch")
 
-    folder = Path(args.out) / bench.name / name / f"{backbone_label(backbone)}_{shots}shot_seed{seed}"
     learned = {key: p.detach().cpu() for key, p in method.named_parameters() if p.requires_grad}
+    file = Path(backbone).expanduser()
     save(folder / "prompts.pt", torch.save, dict(
-        method=name, options=options, data=args.data or "shapes", shots=shots, seed=seed, backbone=backbone,
-        classnames=list(bench.classnames), templates=list(bench.templates), tensors=learned))  # fmt: skip
+        method=name, options=options, data=str(bench.folder.resolve()) if bench.own else bench.name, shots=shots,
+        seed=seed, backbone=str(file.resolve()) if file.is_file() else backbone, precision=args.precision,
+        classnames=list(bench.classnames), templates=list(bench.templates), tensors=learned))
     save(folder / "result.json", write_json, dict(
         method=name, data=bench.name, backbone=backbone, shots=shots, seed=seed, classes=len(bench.classnames),
         train_images=len(bench.train), test_images=len(bench.test), zero_shot=round(zero_shot_accuracy, 4),
         accuracy=round(accuracy, 4), published=None, published_source=None, shifts={}, trainable_parameters=trainable,
         seconds_training=round(seconds_training, 2), seconds_total=round(time.time() - started, 2),
         epochs=recipe.get("epochs", 0), recipe=recipe, options=options, picks=bench.picks, torch=torch.__version__,
-        device=torch.cuda.get_device_name() if device.type == "cuda" else device.type))  # fmt: skip
+        device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type))
     print(f"saved     {folder}")
 
 
@@ -149,8 +159,8 @@ def train(method, bench, recipe, device, dtype, workers):
     """The loop. -> mean loss of the last epoch. Only the method's own parameters change."""
     augment = data.augment(method.clip.visual.resolution, recipe["crop_scale"])
     loader = picture_loader(bench, bench.train, augment, recipe["batch_size"], device, workers, training=True)
-    groups = method.parameter_groups() if hasattr(method, "parameter_groups") else [
-        {"params": [p for p in method.parameters() if p.requires_grad]}]  # fmt: skip
+    learned = [p for p in method.parameters() if p.requires_grad]
+    groups = method.parameter_groups() if hasattr(method, "parameter_groups") else [{"params": learned}]
     if recipe["optimizer"] == "sgd":
         optimizer = torch.optim.SGD(groups, lr=recipe["lr"], momentum=0.9, weight_decay=5e-4)
     else:
@@ -173,13 +183,13 @@ def train(method, bench, recipe, device, dtype, workers):
             scaler.update()
             losses.append(loss.detach())  # read once per epoch: reading each would make a GPU wait
         losses = torch.stack(losses).tolist()
-        for step, value in enumerate(losses):
-            if not math.isfinite(value):
-                rates = ", ".join(f"{g['lr']:.2g}" for g in optimizer.param_groups)
-                raise UserError(f"The loss became {value} in epoch {epoch + 1}, step {step + 1}, at learning rate {rates}: "
-                                "nothing was saved, try a smaller --lr or --precision fp32.")  # fmt: skip
-        mean = sum(losses) / len(losses)
         rates = "/".join(dict.fromkeys(f"{g['lr']:.2g}" for g in optimizer.param_groups))
+        bad = [step for step, value in enumerate(losses, 1) if not math.isfinite(value)]
+        if bad or not all(p.isfinite().all() for p in learned):  # the last step has no loss behind it
+            raise UserError(f"The loss or what it taught is no longer finite in epoch {epoch + 1}, step "
+                            f"{bad[0] if bad else len(losses)}, at learning rate {rates}: nothing was saved, "
+                            "try a smaller --lr or --precision fp32.")
+        mean = sum(losses) / len(losses)
         left = (time.time() - began) / (epoch + 1) * (epochs - epoch - 1)
         line = f"epoch {epoch + 1}/{epochs}  loss {mean:.3f}  lr {rates}  {left:.0f} s left"
         if sys.stdout.isatty() or epoch == epochs - 1:  # one line that is written over; in a log only the last
@@ -215,9 +225,11 @@ def picture_loader(bench, items, transform, batch_size, device, workers, trainin
         pictures.keep()
     if workers is None:
         workers = 0 if device.type == "cpu" else min(8, os.cpu_count() or 1)  # on a CPU the towers need the cores
+    fork = "fork" if workers and sys.platform == "linux" else None  # shares the kept pictures instead of copying them
     # A last short batch is dropped unless it is the only one, as Dassl does.
     return DataLoader(pictures, batch_size, shuffle=training, drop_last=training and len(items) >= batch_size,
-                      num_workers=workers, persistent_workers=workers > 0, pin_memory=device.type == "cuda")  # fmt: skip
+                      num_workers=workers, persistent_workers=workers > 0, multiprocessing_context=fork,
+                      pin_memory=device.type == "cuda")
 
 
 def resolve_recipe(recipe, data_name, shots, args):
@@ -233,11 +245,7 @@ def resolve_recipe(recipe, data_name, shots, args):
     else:  # between the papers' shot counts the next lower one decides; all pictures count as the most
         counts = [n for n in by_shots if isinstance(n, int)]
         recipe["epochs"] = by_shots[max((n for n in counts if n <= (shots or max(counts))), default=min(counts))]
-    for key in ("epochs", "lr", "batch_size"):
-        if (given := getattr(args, key)) is not None:
-            if given <= 0:
-                raise UserError(f"--{key.replace('_', '-')} is {given}: it must be above zero.")
-            recipe[key] = given
+    recipe |= {key: given for key in ("epochs", "lr", "batch_size") if (given := getattr(args, key)) is not None}
     return recipe
 
 
@@ -264,13 +272,15 @@ def choose_device(device, precision):
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device.startswith("cuda") and not torch.cuda.is_available():
-        raise UserError(f"--device {device}: PyTorch finds no CUDA GPU here; use --device cpu or install its CUDA build.")
+        raise UserError(f"--device {device}: PyTorch finds no CUDA GPU here, use --device cpu or its CUDA build.")
     try:
-        device = torch.device(device)
-    except RuntimeError as error:
-        raise UserError(f"--device {device} is not a device that PyTorch knows: use cuda or cpu.") from error
-    if precision == "auto":
-        precision = "fp32" if device.type != "cuda" else "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+        torch.empty(0, device=device)
+    except (AssertionError, NotImplementedError, RuntimeError) as error:
+        raise UserError(f"--device {device} cannot be used by PyTorch here: use cuda or cpu.") from error
+    device = torch.device(device)
+    if precision == "auto":  # emulated bf16, as on a V100 or T4, is slower than fp16
+        native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        precision = "fp32" if device.type != "cuda" else "bf16" if native else "fp16"
     return device, {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
 
 
@@ -279,7 +289,7 @@ def evaluate_again(args):
     saved, bench, method, device, dtype = restore(args)
     loader = picture_loader(bench, bench.test, preprocess(method.clip.visual.resolution), 100, device, args.workers)
     accuracy = evaluate(method, loader, device, dtype)
-    print(f"accuracy  {accuracy:.2f} % of {len(bench.test)} test pictures of {bench.name} with {saved['method']} of {args.load}")
+    print(f"accuracy  {accuracy:.2f} % of {len(bench.test)} test pictures of {bench.name} ({args.load})")
 
 
 def restore(args):
@@ -289,24 +299,28 @@ def restore(args):
         raise UserError(f"{path} does not exist: give --load the folder of a finished run.")
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
-        name, tensors = saved["method"], saved["tensors"]
-    except Exception as error:
+        name, options, shapes = saved["method"], saved["options"], {k: v.shape for k, v in saved["tensors"].items()}
+        known = inspect.signature(METHODS[name]).parameters.keys() >= options.keys()
+    except Exception as error:  # any file can stand there
         raise UserError(f"{path} is not a prompt file of train.py ({type(error).__name__}): train again.") from error
-    if (args.method or name) != name:
-        raise UserError(f"{path} holds prompts of {name}, not of {args.method}: leave --method out.")
-    device, dtype = choose_device(args.device, args.precision)
+    if (args.method or name) != name or not known:
+        raise UserError(f"{path} holds prompts of {name} with {options}, not of {args.method or name}: "
+                        "leave --method out.")
+    precision = saved["precision"] if args.precision == "auto" else args.precision
+    device, dtype = choose_device(args.device, precision)
     bench = data.load(args.data or saved["data"], args.root, saved["shots"], saved["seed"])
     if list(bench.classnames) != saved["classnames"]:
-        raise UserError(f"{path} was trained for other classes ({', '.join(saved['classnames'][:3])}, ...) than those of "
-                        f"{bench.name} ({', '.join(bench.classnames[:3])}, ...): choose the data of that run.")  # fmt: skip
+        theirs, ours = (", ".join(names[:3]) for names in (saved["classnames"], bench.classnames))
+        raise UserError(f"{path} was trained for the classes {theirs}, ..., and {bench.name} has {ours}, ...: "
+                        "choose the data of that run.")
     clip = load_clip(args.backbone or saved["backbone"], device)
-    method = METHODS[name](clip, bench.classnames, saved["templates"], **saved["options"]).to(device)
+    method = METHODS[name](clip, bench.classnames, saved["templates"], **options).to(device)
     parameters = {key: p for key, p in method.named_parameters() if p.requires_grad}
-    if {k: v.shape for k, v in tensors.items()} != {k: p.shape for k, p in parameters.items()}:
+    if shapes != {key: p.shape for key, p in parameters.items()}:
         raise UserError(f"The tensors in {path} do not fit {name} on this backbone: use {saved['backbone']}.")
     with torch.no_grad():
         for key, parameter in parameters.items():
-            parameter.copy_(tensors[key])
+            parameter.copy_(saved["tensors"][key])
     return saved, bench, method, device, dtype
 
 
@@ -315,16 +329,26 @@ def backbone_label(backbone):
     return Path(backbone).stem if Path(backbone).expanduser().is_file() else backbone.replace("/", "-")
 
 
+def make_folder(folder):
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{folder} cannot be made ({error.strerror}): choose another --out.") from error
+
+
 def write_json(value, path):
     path.write_text(json.dumps(value, indent=1) + "\n")
 
 
 def save(path, write, value):
     """write(value, path), whole or not at all: into a file beside it that is then renamed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     part = path.with_name(path.name + ".part")
-    write(value, part)
-    part.replace(path)
+    try:
+        write(value, part)
+        part.replace(path)
+    except OSError as error:
+        raise UserError(f"{path} cannot be written ({error.strerror}): make room or choose another --out.") from error
 
 
 if __name__ == "__main__":

@@ -181,7 +181,7 @@ def row(case, backbone, clips, turns):
     a, b = (statistics.median(side) for side in zip(*times, strict=True))
     verdict = "" if ratio >= target else " **missed**"
     print(f"| {case.name} | {backbone} | {a:.3f} | {b:.3f} | {ratio:.1f} | {min(ratios):.1f}-{max(ratios):.1f} "
-          f"| {target}{verdict} |", flush=True)  # fmt: skip
+          f"| {target}{verdict} |", flush=True)
     return ratio >= target
 
 
@@ -193,7 +193,7 @@ def machine():
     models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     model = next(iter(models), platform.processor() or platform.machine())
     return (f"torch {torch.__version__}, {torch.get_num_threads()} threads, {model}, "
-            f"{2 * 2048**3 / best / 1e9:.0f} GFLOP/s in a 2048 x 2048 fp32 matmul")  # fmt: skip
+            f"{2 * 2048**3 / best / 1e9:.0f} GFLOP/s in a 2048 x 2048 fp32 matmul")
 
 
 def main(argv=None):

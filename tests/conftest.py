@@ -76,12 +76,12 @@ def openai_clip(state_dict):
     """OpenAI's CLIP with these weights, fp32, eval()."""
     s = state_dict
     layers = {t: len({k.split(".resblocks.")[1].split(".")[0] for k in s if k.startswith(f"{t}.resblocks.")})
-              for t in ("visual.transformer", "transformer")}  # fmt: skip
+              for t in ("visual.transformer", "transformer")}
     width, _, patch, _ = s["visual.conv1.weight"].shape
     grid = math.isqrt(len(s["visual.positional_embedding"]) - 1)
     vocab, text_width = s["token_embedding.weight"].shape
     model = openai_module("model").CLIP(
         s["text_projection"].shape[1], grid * patch, layers["visual.transformer"], width, patch,
-        len(s["positional_embedding"]), vocab, text_width, text_width // 64, layers["transformer"])  # fmt: skip
+        len(s["positional_embedding"]), vocab, text_width, text_width // 64, layers["transformer"])
     model.load_state_dict(s)
     return model.eval()

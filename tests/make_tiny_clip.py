@@ -23,7 +23,6 @@ import time
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -40,7 +39,7 @@ OPENINGS = (
     "this is a picture of", "this is a rather small photo that shows us",
     "in the middle of this small picture one can clearly see",
     "this is one of the many small pictures in which one can clearly see",
-)  # fmt: skip
+)
 
 
 def scene(rng):
@@ -63,7 +62,7 @@ def caption(values, rng):
         return f"a {thing}", said
     ground = said["ground"]
     forms = (f"a {thing} on a {ground} background", f"a {thing} on {ground}", f"a {ground} background with a {thing}",
-             f"a {thing} before a {ground} wall", f"a {ground} wall with a {thing}")  # fmt: skip
+             f"a {thing} before a {ground} wall", f"a {ground} wall with a {thing}")
     return rng.choice(forms), said
 
 
@@ -95,7 +94,7 @@ def initial_state():
         for block in (f"{tower}.resblocks.{i}" for i in range(layers)):
             norms += [f"{block}.ln_1", f"{block}.ln_2"]
             linears = {"attn.in_proj_": (3, 1, std), "attn.out_proj.": (1, 1, std * (2 * layers) ** -0.5),
-                       "mlp.c_fc.": (4, 1, (2 * WIDTH) ** -0.5), "mlp.c_proj.": (1, 4, std * (2 * layers) ** -0.5)}  # fmt: skip
+                       "mlp.c_fc.": (4, 1, (2 * WIDTH) ** -0.5), "mlp.c_proj.": (1, 4, std * (2 * layers) ** -0.5)}
             for name, (rows, columns, scale) in linears.items():
                 state[f"{block}.{name}weight"] = normal(rows * WIDTH, columns * WIDTH, std=scale)
                 state[f"{block}.{name}bias"] = torch.zeros(rows * WIDTH)
@@ -136,7 +135,7 @@ def main():
     clip = CLIP.from_state_dict(initial_state()).requires_grad_(True)
     parameters = list(clip.parameters())
     groups = [{"params": [p for p in parameters if p.ndim >= 2], "weight_decay": 0.1},
-              {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0}]  # fmt: skip
+              {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=RATE, betas=(0.9, 0.98))
     order, used, mean = [], set(), None
     for step in range(STEPS):

@@ -41,25 +41,48 @@ ODD = [
     dict(joint=32, resolution=42, vision_layers=3, vision_width=64, patch=14, text_width=192, text_layers=1),
     dict(joint=640, resolution=20, vision_layers=2, vision_width=256, patch=20, text_width=64, text_layers=4),
 ]
-CAPTIONS = ["a photo of a cat.", "two dogs & a crème brûlée", "a blurry photo of the hard to see shovel-nosed ray, 3 of 12"]
+CAPTIONS = [
+    "a photo of a cat.",
+    "two dogs & a crème brûlée",
+    "a blurry photo of the hard to see shovel-nosed ray, 3 of 12",
+]
 TEXTS = [
-    "a photo of a cat.", "", " ", "Hello,   World!\t\nA  new line", "UPPER lower MiXeD", "crème brûlée à l'Été, Ünïcode",
-    "Ångström façade naïve coöperate", "it's we're I'll they've don't I'm he'd 'sup 'Twas", "don’t “quote” it – really…",
-    "schÃ¶n und cafÃ©", "fish &amp; chips", "&lt;b&gt;bold&lt;/b&gt; &amp;amp; &eacute;&#233;&#xe9; &unknown; &copy 2021",
-    "🐱 🐶🐶 👩‍👩‍👧‍👦 🇫🇷 👍🏽", "你好，世界。日本語のテキスト 한국어 텍스트", "Привет, мир! Γειά σου שלום مرحبا नमस्ते ไทย",
-    "bell\x07 null\x00 escape\x1b[31mred\x1b[0m del\x7f", "zero\u200bwidth\ufeff soft\u00adhyphen no\u00a0break\u3000wide",
-    "a <|startoftext|> in <|endoftext|> the text", "<|ENDOFTEXT|><|startoftext|> <|other|>", "snake_case __init__ a_b _",
-    "12345 3.14159 1,000,000 ½ Ⅷ ٣ ²", "C++ C# .NET @home #tag $5.00 100% a/b\\c ~!@#$%^&*()_+{}|:\"<>?`-=[];',./",
-    "ﬁne ｆｕｌｌｗｉｄｔｈ ℌ Å ǆ İstanbul ẞ", "e\u0301 decomposed n\u0303", "Pneumonoultramicroscopicsilicovolcanoconiosis",
-    "antidisestablishmentarianism" * 3, "shovel-nosed ray; 737-200 (Boeing), St. John's wort", "line\r\nline\u2028line\x85line",
-]  # fmt: skip
+    "a photo of a cat.",
+    "",
+    " ",
+    "Hello,   World!\t\nA  new line",
+    "UPPER lower MiXeD",
+    "crème brûlée à l'Été, Ünïcode",
+    "Ångström façade naïve coöperate",
+    "it's we're I'll they've don't I'm he'd 'sup 'Twas",
+    "don’t “quote” it – really…",
+    "schÃ¶n und cafÃ©",
+    "fish &amp; chips",
+    "&lt;b&gt;bold&lt;/b&gt; &amp;amp; &eacute;&#233;&#xe9; &unknown; &copy 2021",
+    "🐱 🐶🐶 👩‍👩‍👧‍👦 🇫🇷 👍🏽",
+    "你好，世界。日本語のテキスト 한국어 텍스트",
+    "Привет, мир! Γειά σου שלום مرحبا नमस्ते ไทย",
+    "bell\x07 null\x00 escape\x1b[31mred\x1b[0m del\x7f",
+    "zero\u200bwidth\ufeff soft\u00adhyphen no\u00a0break\u3000wide",
+    "a <|startoftext|> in <|endoftext|> the text",
+    "<|ENDOFTEXT|><|startoftext|> <|other|>",
+    "snake_case __init__ a_b _",
+    "12345 3.14159 1,000,000 ½ Ⅷ ٣ ²",
+    "C++ C# .NET @home #tag $5.00 100% a/b\\c ~!@#$%^&*()_+{}|:\"<>?`-=[];',./",
+    "ﬁne ｆｕｌｌｗｉｄｔｈ ℌ Å ǆ İstanbul ẞ",
+    "e\u0301 decomposed n\u0303",
+    "Pneumonoultramicroscopicsilicovolcanoconiosis",
+    "antidisestablishmentarianism" * 3,
+    "shovel-nosed ray; 737-200 (Boeing), St. John's wort",
+    "line\r\nline\u2028line\x85line",
+]
 
 
 # ---- Helpers ----
 
 
 def noise(size=100_000, seed=0):
-    """`size` UTF-8 bytes of Latin, accented, Greek, Cyrillic, kana, Chinese, emoji, digits, signs, spaces and controls."""
+    """`size` UTF-8 bytes of Latin, accented, Greek, Cyrillic, kana, Chinese, emoji, digits, signs, controls."""
     ranges = [(97, 122)] * 8 + [(65, 90), (33, 64), (91, 126), (32, 32), (32, 32), (9, 13), (1, 31), (0xC0, 0x17F),
               (0x391, 0x3A1), (0x410, 0x44F), (0x3042, 0x3093), (0x4E00, 0x9FA5), (0x1F600, 0x1F64F)]  # fmt: skip
     rng = random.Random(seed)
@@ -91,6 +114,7 @@ def checksum(state):
 def assert_equal(ours, theirs, relative=1e-5):
     """The largest difference, relative to the largest value."""
     assert ours.shape == theirs.shape
+    ours, theirs = ours.detach(), theirs.detach()
     difference, scale = float((ours - theirs).abs().max()), float(theirs.abs().max())
     assert difference <= relative * scale, f"differ by {difference / scale:.1e}, allowed is {relative:.0e}"
 
@@ -102,7 +126,12 @@ def plain_block(block, x, mask=None):
     attended, _ = F.multi_head_attention_forward(
         h, h, h, width, width // 64, p["attn.in_proj_weight"], p["attn.in_proj_bias"], None, None, False, 0.0,
         p["attn.out_proj.weight"], p["attn.out_proj.bias"], attn_mask=mask, need_weights=False)  # fmt: skip
-    x = x + attended.transpose(0, 1)
+    return plain_mlp(block, x + attended.transpose(0, 1))
+
+
+def plain_mlp(block, x):
+    """The second half of a block."""
+    p, width = dict(block.named_parameters()), x.shape[-1]
     h = F.layer_norm(x, (width,), p["ln_2.weight"], p["ln_2.bias"])
     h = F.linear(h, p["mlp.c_fc.weight"], p["mlp.c_fc.bias"])
     return x + F.linear(h * torch.sigmoid(1.702 * h), p["mlp.c_proj.weight"], p["mlp.c_proj.bias"])
@@ -153,8 +182,9 @@ def record():
         state = random_state_dict(**sizes)
         model = openai_clip(state)
         with torch.no_grad():
-            outputs = dict(image=model.encode_image(picture(sizes["resolution"])), text=model.encode_text(tokenize(CAPTIONS)))
-        rounded = {key: [[float(f"{v:.8g}") for v in row] for row in rows.tolist()] for key, rows in outputs.items()}
+            image, text = model.encode_image(picture(sizes["resolution"])), model.encode_text(tokenize(CAPTIONS))
+        rounded = {key: [[float(f"{v:.8g}") for v in row] for row in rows.tolist()]
+                   for key, rows in dict(image=image, text=text).items()}  # fmt: skip
         towers[name] = dict(checksum=checksum(state)) | rounded
     (FIXTURES / "towers.json").write_text(json.dumps(towers) + "\n")
 
@@ -284,7 +314,7 @@ ALIKE = {
     "one text": ["a photo of a cat."],
     "identical texts": ["a photo of a cat."] * 3,
     "one token differs": ["a photo of a cat.", "a photo of a dog."],
-    "different lengths": ["a photo of a cat.", "a photo of a shovel-nosed ray in the deep blue sea.", "a photo of an ox."],
+    "different lengths": ["a photo of a cat.", "a photo of a shovel-nosed ray in the deep sea.", "a photo of an ox."],
     "one begins the other": ["a photo", "a photo of a cat.", "a photo of"],
     "nothing but the start mark in common": ["cat", "a photo of a dog", "two birds"],
     "an empty text": ["", "a cat"],
@@ -393,8 +423,7 @@ def test_attention_weights_are_the_ones_that_the_block_uses(clip):
     q, k, v = projected.reshape(3, 5, 3, 2, 64).permute(2, 0, 3, 1, 4)
     assert_equal(weights, (q @ k.transpose(2, 3) / 8).softmax(dim=-1))
     attended = (weights @ v).transpose(1, 2).reshape(3, 5, 128) @ p["attn.out_proj.weight"].T + p["attn.out_proj.bias"]
-    h = x + attended
-    assert_equal(block(x), h + block.mlp(block.ln_2(h)))
+    assert_equal(block(x), plain_mlp(block, x + attended))
 
 
 def test_attention_weights_of_the_last_block_cover_all_tokens(clip):
@@ -434,7 +463,7 @@ def test_the_classifier_is_the_unit_text_feature_of_every_class(clip):
 
 
 def test_the_classifier_of_several_templates_is_the_unit_mean_of_theirs(clip):
-    templates = ["a photo of a {}.", "{} texture.", "art of the {}.", "{}", "a {} in a game.", "the small {}.", "itap of {}."]
+    templates = ["a photo of a {}.", "{} texture.", "art of the {}.", "{}", "a {} in a game.", "the {}.", "itap of {}."]
     classifier = clip.classifier(["cat", "dog", "ox"], templates)
     assert classifier.shape == (3, 64)
     mean = sum(clip.classifier(["cat", "dog", "ox"], [template]) for template in templates) / 7
@@ -551,8 +580,9 @@ def test_a_wrong_shape_is_refused(key, change):
         CLIP.from_state_dict(state)
 
 
-@pytest.mark.parametrize("content", [{}, {"epoch": 3, "state_dict": {}}, [torch.zeros(3)], torch.zeros(3), {0: torch.zeros(3)}],
-                         ids=["empty", "a training checkpoint", "a list", "a tensor", "keys that are numbers"])  # fmt: skip
+@pytest.mark.parametrize("content", [
+    {}, {"epoch": 3, "state_dict": {}}, [torch.zeros(3)], torch.zeros(3), {0: torch.zeros(3)},
+], ids=["empty", "a training checkpoint", "a list", "a tensor", "keys that are numbers"])  # fmt: skip
 def test_what_is_not_a_state_dict_is_refused(content):
     with pytest.raises(UserError, match="not the weights of a CLIP ViT"):
         CLIP.from_state_dict(content)

@@ -203,6 +203,7 @@ def test_the_clip_of_a_file_can_be_trained_and_written_again(file_of, tmp_path):
 # ---- Nothing from a file is run ----
 
 
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 @pytest.mark.parametrize("protocol", range(6))
 def test_a_hostile_pickle_is_not_run(protocol, tmp_path):
     path = write(tmp_path / "bad.pt", pickle.dumps({"visual.proj": Hostile(tmp_path / "ran")}, protocol=protocol))
@@ -265,7 +266,7 @@ def test_a_pickle_in_place_of_a_safetensors_header_is_not_run(form, tmp_path):
 # ---- Broken files ----
 
 
-@pytest.mark.parametrize("part", [0, 1, 7, 9, 100, 0.1, 0.5, 0.9, -10], ids=str)
+@pytest.mark.parametrize("part", [0, 1, 7, 9, 100, 0.1, 0.5, 0.9, 0.99], ids=str)
 @pytest.mark.parametrize("form", FORMS)
 def test_a_file_cut_anywhere_is_refused_by_name(form, part, file_of, tmp_path):
     whole = file_of[form]
@@ -275,14 +276,15 @@ def test_a_file_cut_anywhere_is_refused_by_name(form, part, file_of, tmp_path):
         load_clip(path)
 
 
-@pytest.mark.parametrize("form", ["torchscript", "safetensors", "state_dict"])
+@pytest.mark.parametrize("form", ["torchscript", "safetensors", "gzipped_safetensors", "state_dict"])
 def test_a_file_that_lacks_its_last_byte_is_refused(form, file_of, tmp_path):
     with pytest.raises(UserError, match="cut.pt is not a whole weights file"):
         load_clip(write(tmp_path / "cut.pt", file_of[form][:-1]))
 
 
-def test_a_changed_byte_in_a_torchscript_archive_is_found(file_of, tmp_path):
-    whole = bytearray(file_of["torchscript"])
+@pytest.mark.parametrize("form", ["torchscript", "gzipped_safetensors"])
+def test_a_changed_byte_is_found_where_the_form_has_checksums(form, file_of, tmp_path):
+    whole = bytearray(file_of[form])
     whole[len(whole) // 2] ^= 1
     with pytest.raises(UserError, match="changed.pt"):
         load_clip(write(tmp_path / "changed.pt", whole))
@@ -300,8 +302,9 @@ def test_what_is_not_weights_is_refused(content, tmp_path):
         load_clip(write(tmp_path / "page", content))
 
 
-@pytest.mark.parametrize("content", [3, [torch.zeros(3)], torch.zeros(3), {"epoch": 3, "state_dict": {}}, {1: torch.zeros(3)}],
-                         ids=lambda content: type(content).__name__)  # fmt: skip
+@pytest.mark.parametrize("content", [
+    3, [torch.zeros(3)], torch.zeros(3), {"epoch": 3, "state_dict": {}}, {1: torch.zeros(3)},
+], ids=["a number", "a list", "a tensor", "a training checkpoint", "keys that are numbers"])  # fmt: skip
 def test_a_pickle_of_something_else_is_refused(content, tmp_path):
     torch.save(content, tmp_path / "other.pt")
     with pytest.raises(UserError, match="not the weights of a CLIP ViT|other.pt"):
@@ -468,8 +471,10 @@ def test_when_both_sources_fail_the_message_says_what_to_put_where_by_hand(hosts
     with pytest.raises(UserError) as error:
         load_clip(NAME)
     message = str(error.value)
-    for word in (NAME, hosts.hub, hosts.openai, "404", "by hand", *(str(hosts.cache / f"ViT-B-32{s}") for s in (".safetensors", ".pt"))):
+    for word in (NAME, hosts.hub, hosts.openai, "404", "by hand"):
         assert word in message
+    for name in ("ViT-B-32.safetensors", "ViT-B-32.pt"):
+        assert str(hosts.cache / name) in message
     assert "\n" not in message
 
 
@@ -599,7 +604,7 @@ def test_an_archive_of_vit_b_16_is_read_in_3_seconds_and_twice_its_memory(tmp_pa
     output = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
     (tmp_path / "ViT-B-16.pt").unlink()
     millions, seconds, megabytes = map(float, output.split())
-    print(f"ViT-B/16, {millions:.0f} M parameters, from a TorchScript archive: {seconds:.2f} s, peak {megabytes:.0f} MB")
+    print(f"ViT-B/16, {millions:.0f} M parameters from a TorchScript archive: {seconds:.2f} s, peak {megabytes:.0f} MB")
     assert millions > 149
     assert seconds < 3
     assert megabytes < 2.2 * 4 * millions
