@@ -32,7 +32,7 @@ class CoOp(nn.Module):
     # Section 4.1 of the paper and its configuration files; epochs by shots.
     recipe = dict(
         optimizer="sgd", lr=0.002, warmup_epochs=1, batch_size=32, crop_scale=(0.08, 1.0),
-        epochs={1: 50, 2: 100, 4: 100, 8: 200, 16: 200, "imagenet": 50},
+        epochs={1: 50, 2: 100, 4: 100, 8: 200, 16: 200}, datasets={"imagenet": {"epochs": 50}},
     )
 
     def __init__(self, clip, classnames, templates=("a photo of a {}.",), *, n_ctx=16, ctx_init="",

@@ -327,7 +327,7 @@ def read(path, own=False):
     with opened(path) as image:
         if own:
             image = ImageOps.exif_transpose(image)
-        if image.mode.startswith("I;16"):
+        if image.mode.startswith("I"):     # 16-bit grey is I;16, to older Pillows I
             image = image.convert("I").point(lambda value: value * (1 / 257) + 0.5).convert("L")     # 65535 -> 255
         if own and image.has_transparency_data:
             image = image.convert("RGBA")

@@ -52,7 +52,7 @@ class ZeroShot(nn.Module):
 
 METHODS = {"zeroshot": ZeroShot, "coop": CoOp}
 
-# On the embedded world the recipes are the papers' but for this: the pictures are tiny and the loss is flat by then.
+# On the embedded world the recipes are the papers' but for this, so that a run takes seconds.
 WORLD_EPOCHS = 50
 
 
@@ -234,17 +234,15 @@ def picture_loader(bench, items, transform, batch_size, device, workers, trainin
 
 def resolve_recipe(recipe, data_name, shots, args):
     """The paper's settings for this dataset and number of shots, with the flags that were given on top."""
-    recipe = dict(recipe)
     if not recipe:
-        return recipe
-    by_shots = recipe["epochs"]
+        return {}
+    recipe = dict(recipe)
+    recipe |= recipe.pop("datasets", {}).get(data_name, {})
     if data_name in data.WORLD:
         recipe["epochs"] = WORLD_EPOCHS
-    elif data_name in by_shots:
-        recipe["epochs"] = by_shots[data_name]
-    else:  # between the papers' shot counts the next lower one decides; all pictures count as the most
-        counts = [n for n in by_shots if isinstance(n, int)]
-        recipe["epochs"] = by_shots[max((n for n in counts if n <= (shots or max(counts))), default=min(counts))]
+    elif isinstance(recipe["epochs"], dict):  # by shots: the next lower count decides, all pictures are the most
+        counts = [n for n in recipe["epochs"] if n <= shots or not shots]
+        recipe["epochs"] = recipe["epochs"][max(counts)]
     recipe |= {key: given for key in ("epochs", "lr", "batch_size") if (given := getattr(args, key)) is not None}
     return recipe
 

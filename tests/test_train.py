@@ -195,7 +195,7 @@ def test_flags_override_the_recipe_and_are_recorded(start, tmp_path):
 
 @pytest.mark.parametrize("name", ["shapes", "imagenet"])
 def test_a_users_folder_that_is_called_like_a_known_set_is_not_taken_for_it(world, tmp_path, toy, name):
-    toy(recipe=Toy.recipe | {"epochs": {1: 1, 4: 2, "imagenet": 3}})
+    toy(recipe=Toy.recipe | {"epochs": {1: 1, 4: 2}, "datasets": {"imagenet": {"epochs": 3}}})
     draw(tmp_path / name, 12)
     flags = ["--method", "toy", "--data", tmp_path / name, "--backbone", world / "weights.pt", "--shots", 4,
              "--device", "cpu", "--out", tmp_path / "runs"]
