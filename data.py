@@ -61,8 +61,7 @@ BENCHMARKS = {
         md5="fff73e5086ae6bdbea199a49dfb8a4c1", inside="dtd/images",
     ),
 }
-TEMPLATE = ("a photo of a {}.",)
-TEMPLATES = {"dtd": ("{} texture.",)}     # CoOp's hand-written prompts, where they are not TEMPLATE
+TEMPLATE, TEMPLATES = ("a photo of a {}.",), {"dtd": ("{} texture.",)}     # CoOp's: the usual one, and others by name
 SPLITS = "https://raw.githubusercontent.com/linzhiqiu/cross_modal_adaptation/main/splits/"     # CoOp's are on a Drive
 PARTS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
@@ -123,8 +122,8 @@ def load(name_or_folder, root="data", shots=16, seed=1):
         split["train"] = sample(split["train"], shots, rng)
         split["val"] = sample(split["val"], min(shots, 4), rng)
     templates = TEMPLATE if own else TEMPLATES.get(name, TEMPLATE)
-    classnames = [classname.replace("_", " ") for classname in classnames]
-    return Benchmark(name, classnames, templates, **find_files(folder, split), folder=folder, own=own)
+    readable = [classname.replace("_", " ") for classname in classnames]
+    return Benchmark(name, readable, templates, **find_files(folder, split), folder=folder, own=own)
 
 
 def known_name(name):
@@ -374,8 +373,7 @@ SIDE = 40     # pixels
 COLOURS = {"red": (205, 45, 45), "green": (45, 155, 60), "blue": (50, 80, 205), "yellow": (225, 205, 60),
            "purple": (140, 60, 165), "orange": (235, 135, 45), "white": (232, 232, 232), "black": (32, 32, 32)}
 TEXTURES, FORMS = ("plain", "striped", "barred", "dotted", "checkered"), ("circle", "square", "triangle", "diamond")
-CLASS_TEXTURES, CLASS_COLOURS = TEXTURES[1:], ("red", "green", "blue")     # 12 classes
-PER_CLASS = {"train": 48, "test": 50}
+CLASS_TEXTURES, CLASS_COLOURS, NEUTRAL_COLOURS = TEXTURES[1:], tuple(COLOURS)[:3], tuple(COLOURS)[3:]     # 12 classes
 
 
 @dataclass(frozen=True)
@@ -389,9 +387,8 @@ class World:
     cast: tuple | None = None                       # colour matrix, rows for red, green and blue
 
 
-# The names of `shapes` are at odds with the captions that the tiny CLIP learned: text prompts can mend that. Those of
-# `shapes_tint` fit, but the pictures lie under a colour cast: visual prompts can. The rest are to `shapes` what
-# ImageNet-V2, -Sketch, -A and -R are to ImageNet: drawn anew, pale, hard, and in another style.
+# The names of `shapes` are at odds with the tiny CLIP's captions: text prompts can mend that. Those of `shapes_tint` fit,
+# but its pictures lie under a colour cast: visual prompts can. The rest are to `shapes` what ImageNet's four are to it.
 WORLD = {
     "shapes": World(),
     "shapes_tint": World("colour", "{texture} {colour} shape", misleading=0.0, noise=(0.2, 0.6),
@@ -406,19 +403,17 @@ WORLD = {
 def draw_world(name, folder):
     """Draw folder/{train,test}/<class>/NNN.png, the same on any machine."""
     world, rng = WORLD[name], random.Random(name)
-    for part, count in PER_CLASS.items():
+    for part, count in ("train", 48), ("test", 50):
         for texture, colour in itertools.product(CLASS_TEXTURES, CLASS_COLOURS):
             place = folder / part / world.classname.format(texture=texture, colour=colour).replace(" ", "_")
             place.mkdir(parents=True)
             for i in range(count):
-                usual = [c for c in COLOURS if c not in CLASS_COLOURS]
-                confusing = [c for c in CLASS_COLOURS if c != colour]
-                other = rng.choice(confusing if rng.random() < world.misleading else usual)
+                pool = CLASS_COLOURS if rng.random() < world.misleading else NEUTRAL_COLOURS
+                other = rng.choice([c for c in pool if c != colour])
                 fill, ground = (colour, other) if world.coloured == "colour" else (other, colour)
                 noise = rng.uniform(*world.noise)
                 picture = draw_picture(rng, texture, fill, rng.choice(FORMS), ground, noise, world.zoom)
-                picture = picture.convert("RGB", world.cast) if world.cast else picture
-                picture.save(place / f"{i:03d}.png")
+                (picture.convert("RGB", world.cast) if world.cast else picture).save(place / f"{i:03d}.png")
 
 
 def draw_picture(rng, texture, colour, form, ground, noise, zoom):
@@ -442,8 +437,7 @@ def draw_picture(rng, texture, colour, form, ground, noise, zoom):
         elif texture == "checkered" and (i + j) % 2:
             pen.rectangle((x, y, x + step, y + step), fill=dark)
 
-    r = zoom * rng.uniform(11, 16)
-    x, y = (SIDE / 2 + rng.uniform(-4, 4) for _ in range(2))
+    r, x, y = zoom * rng.uniform(11, 16), SIDE / 2 + rng.uniform(-4, 4), SIDE / 2 + rng.uniform(-4, 4)
     outline = Image.new("L", (SIDE, SIDE))
     if form == "circle":
         ImageDraw.Draw(outline).ellipse((x - r, y - r, x + r, y + r), fill=255)

@@ -1,9 +1,9 @@
 """Make assets/tiny_clip.safetensors.gz, the CLIP of the embedded world: `python tests/make_tiny_clip.py`.
 
-A CLIP ViT of 1.4 M parameters besides its word embeddings (image tower 128 wide, 4 layers, 40x40 pictures in patches of
-8; text tower 128 wide, 3 layers; joint width 128), under OpenAI's key names and with OpenAI's vocabulary. It is trained
-from CLIP's own initialisation with CLIP's loss and optimiser on pictures that data.draw_picture draws here, from another
-random stream than those of the downstream datasets, with captions of the same world.
+A CLIP ViT of 1.4 M parameters besides its word embeddings (image tower 128 wide, 4 layers, 40x40 pictures in patches
+of 8; text tower 128 wide, 3 layers; joint width 128), under OpenAI's key names and with OpenAI's vocabulary. It is
+trained from CLIP's own initialisation with CLIP's loss and optimiser on pictures that data.draw_picture draws here, from
+another random stream than those of the downstream datasets, with captions of the same world.
 
 Two things differ from Radford et al. (2021), both for what a toy lacks and CLIP has:
   * several pictures of a batch can fit a caption ("a striped shape"), so the targets are shared between all that fit;
@@ -23,6 +23,7 @@ import time
 from pathlib import Path
 
 import torch
+from torchvision.transforms.functional import normalize
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -45,6 +46,13 @@ OPENINGS = (
 def scene(rng):
     colour, ground = rng.sample(VALUES["colour"], 2)
     return {"texture": rng.choice(TEXTURES), "colour": colour, "form": rng.choice(FORMS), "ground": ground}
+
+
+def scenes_and_pictures(rng):
+    """Yields PICTURES times (the four values, the picture)."""
+    for values in [scene(rng) for _ in range(PICTURES)]:
+        zoom = rng.choice((1, 1, rng.uniform(1, 1.7)))
+        yield values, draw_picture(rng, **values, noise=rng.uniform(0.05, 0.3), zoom=zoom)
 
 
 def caption(values, rng):
@@ -124,10 +132,9 @@ def shared_target_loss(logits, fits):
 def main():
     started, rng = time.time(), random.Random("pretraining")
     torch.manual_seed(SEED)
-    scenes, pixels = [scene(rng) for _ in range(PICTURES)], torch.empty(PICTURES, SIDE, SIDE, 3, dtype=torch.uint8)
-    for values, row in zip(scenes, pixels, strict=True):
-        zoom = rng.choice((1, 1, rng.uniform(1, 1.7)))
-        picture = draw_picture(rng, **values, noise=rng.uniform(0.05, 0.3), zoom=zoom)
+    scenes, pixels = [], torch.empty(PICTURES, SIDE, SIDE, 3, dtype=torch.uint8)
+    for row, (values, picture) in zip(pixels, scenes_and_pictures(rng), strict=True):
+        scenes.append(values)
         row.copy_(torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8).view_as(row))
     truth = torch.tensor([numbers(values) for values in scenes])
     print(f"{PICTURES} pictures drawn in {time.time() - started:.0f} s", flush=True)
@@ -150,7 +157,7 @@ def main():
         used.update(tokens.unique().tolist())
         stated = torch.tensor([numbers(values) for values in said])
         fits = ((stated[:, None] == truth[batch]) | (stated[:, None] < 0)).all(dim=-1).float()  # (captions, pictures)
-        images = (pixels[batch].permute(0, 3, 1, 2) / 255 - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
+        images = normalize(pixels[batch].permute(0, 3, 1, 2) / 255, MEAN, STD)
 
         logits = clip.logits(clip.encode_text(tokens), encode_image(clip.visual, images))
         loss = (shared_target_loss(logits, fits) + shared_target_loss(logits.T, fits.T)) / 2
