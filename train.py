@@ -28,6 +28,8 @@ from torch.utils.data import DataLoader
 import data
 from clip_min import UserError, load_clip, preprocess
 from coop import CoOp
+from dpt import CAVPT, DPT, VLP
+from vpt import VPT
 
 
 class ZeroShot(nn.Module):
@@ -50,7 +52,7 @@ class ZeroShot(nn.Module):
         return self.clip.logits(self.clip.encode_image(images), self.text if text is None else text)
 
 
-METHODS = {"zeroshot": ZeroShot, "coop": CoOp}
+METHODS = {"zeroshot": ZeroShot, "coop": CoOp, "vpt": VPT, "vlp": VLP, "cavpt": CAVPT, "dpt": DPT}
 
 # On the embedded world the recipes are the papers' but for this, so that a run takes seconds.
 WORLD_EPOCHS = 50
@@ -66,7 +68,8 @@ def main(argv=None):
     parser.add_argument("--backbone", help="tiny, ViT-B/32, ViT-B/16, ViT-L/14, ViT-L/14@336px or a weights file "
                         "(default: tiny for shapes, else ViT-B/16)")
     parser.add_argument("--epochs", type=int, help="default: the recipe's, as for the three below")
-    parser.add_argument("--lr", type=float)
+    parser.add_argument("--lr", type=float, help="rates of single parts, such as DPT's text prompts, scale with it")
+    parser.add_argument("--warmup-epochs", type=int)
     parser.add_argument("--batch-size", type=int)
     parser.add_argument("--device", help="cuda, cpu, ... (default: cuda where there is one)")
     parser.add_argument("--precision", choices=["auto", "fp32", "bf16", "fp16"], default="auto",
@@ -78,7 +81,7 @@ def main(argv=None):
     parser.add_argument("--load", metavar="RUN", help="evaluate the prompts of a finished run instead of training")
     args = parser.parse_args(argv)
     try:
-        for flag, least in ("epochs", 1), ("lr", 1e-30), ("batch_size", 1), ("workers", 0), ("shots", 0):
+        for flag, least in dict(epochs=1, lr=1e-30, batch_size=1, warmup_epochs=0, workers=0, shots=0).items():
             if (given := getattr(args, flag)) is not None and not given >= least:
                 allowed = "above 0" if least else "0 or more"
                 raise UserError(f"--{flag.replace('_', '-')} is {given}: it must be {allowed}.")
@@ -107,6 +110,7 @@ def run(args, seed):
     bench = data.load(args.data or "shapes", args.root, shots, seed)
     backbone = args.backbone or ("tiny" if bench.name in data.WORLD and not bench.own else "ViT-B/16")
     recipe = resolve_recipe(method_class.recipe, None if bench.own else bench.name, shots, args)
+    options = recipe.pop("options", {}) | options
     clip = load_clip(backbone, device)
     folder = Path(args.out) / bench.name / name / f"{backbone_label(backbone)}_{shots}shot_seed{seed}"
     make_folder(Path(args.out))  # now, so that a place that cannot be written to does not cost a training
@@ -133,7 +137,7 @@ def run(args, seed):
         seconds_training = time.time() - began
         accuracy = evaluate(method, test_loader, device, dtype)
         chance = math.log(len(bench.classnames))
-        if accuracy < zero_shot_accuracy or 0 < 0.97 * chance < final_loss:
+        if accuracy < zero_shot_accuracy or abs(final_loss - chance) < 0.03 * chance:
             print(f"warning: training ended at loss {final_loss:.3f} (chance is ln K = {chance:.3f}) and "
                   f"{accuracy:.2f} % (zero-shot {zero_shot_accuracy:.2f} %): it collapsed or did harm, "
                   "try a smaller --lr.")
@@ -161,6 +165,9 @@ def train(method, bench, recipe, device, dtype, workers):
     loader = picture_loader(bench, bench.train, augment, recipe["batch_size"], device, workers, training=True)
     learned = [p for p in method.parameters() if p.requires_grad]
     groups = method.parameter_groups() if hasattr(method, "parameter_groups") else [{"params": learned}]
+    for group in groups:
+        if "lr" in group:
+            group["lr"] *= recipe["lr"] / method.recipe["lr"]
     if recipe["optimizer"] == "sgd":
         optimizer = torch.optim.SGD(groups, lr=recipe["lr"], momentum=0.9, weight_decay=5e-4)
     else:
@@ -243,8 +250,8 @@ def resolve_recipe(recipe, data_name, shots, args):
     elif isinstance(recipe["epochs"], dict):  # by shots: the next lower count decides, all pictures are the most
         counts = [n for n in recipe["epochs"] if n <= shots or not shots]
         recipe["epochs"] = recipe["epochs"][max(counts)]
-    recipe |= {key: given for key in ("epochs", "lr", "batch_size") if (given := getattr(args, key)) is not None}
-    return recipe
+    flags = ("epochs", "lr", "warmup_epochs", "batch_size")
+    return recipe | {key: given for key in flags if (given := getattr(args, key)) is not None}
 
 
 def parse_options(method_class, pairs, name):
