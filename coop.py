@@ -73,12 +73,15 @@ class CoOp(nn.Module):
         x = x + self.clip.text.positional_embedding[: x.shape[1]]
         return self.clip.text(x[:1, : self.n_shared], x[:, self.n_shared :], self.eot)
 
-    def forward(self, images, text=None):
-        """images (B, 3, R, R), text (K, E) or None to compute it -> logits (B, K)."""
+    def features(self, images, text=None):
+        """images (B, 3, R, R), text (K, E) or None to compute it -> image features (B, E), text features (K, E)."""
         text = self.encode_text() if text is None else text
         with torch.no_grad():  # nothing to learn in the image tower
-            features = self.clip.encode_image(images)
-        return self.clip.logits(features, text)  # Eq. 3
+            return self.clip.encode_image(images), text
+
+    def forward(self, images, text=None):
+        """-> logits (B, K)."""
+        return self.clip.logits(*self.features(images, text))  # Eq. 3
 
     def loss(self, images, labels, epoch=0):
         """labels (B,) -> scalar cross-entropy."""

@@ -22,12 +22,14 @@ Transactions on Multimedia 2023, arXiv:2208.08340. Its version 1 (Class-Aware Vi
 What the papers leave open, settled as in the authors' release where it tells: d_k is 32; g is not normalised; the two
 LN are two; a layer's class-aware module uses that layer's own prompts as the keys C; everything is trained in fp32
 where the release steps in fp16. Version 1 has no code: its softmax runs over the classes (over a single key it would
-be 1 for all), its MLP is E-32-D with ReLU, LP is linear, the layer's own prompts are replaced.
+be 1 for all), its MLP is E-32-D with ReLU, LP is linear, the layer's own prompts are replaced. Read so, the bias of
+the MLP's last layer adds the same to every class's score and never learns.
 
-The papers' ablations, each `train.py --method dpt --set ...` (or vlp, cavpt):
-    DPT Table IV  alpha=0 .. 1    V  k_n=0 .. 100    VI  vlp n_vpt=120, vpt n_ctx=120
-    DPT Fig. 6    cavpt_layers=1-12, 4-12, 8-12, 12, 1, 1-4, 1-8, and these with cavpt_shared=true
-    v1 Table 1    cavpt text=template | text=prompt     2  cavpt_loss=false     3  k_n=5 .. 100 (1000 for all classes)
+The papers' ablations, each one `train.py --method ... --set ...`:
+    DPT Table IV  dpt alpha=0 .. 1      Table V  dpt k_n=0 .. 100      Table VI  vlp n_vpt=120; vpt n_ctx=120
+    DPT Fig. 6    dpt cavpt_layers=1-12, 4-12, 8-12, 12, 1, 1-4, 1-8, and these with cavpt_shared=true
+    v1 Table 1    vpt deep=false (--lr 0.001); vpt; vlp guide_epochs=0 (--epochs 200); cavpt text=template; cavpt
+    v1 Table 2    cavpt text=template cavpt_loss=false      Table 3  cavpt text=template k_n=5 .. 100, 1000 for all
 
 Copy this file and clip_min.py anywhere. B images, K classes, N patches, D and Dt widths of the towers, E joint width.
 """
@@ -54,7 +56,9 @@ class VLP(nn.Module):
     def __init__(self, clip, classnames, templates=("a photo of a {}.",), *, n_ctx=16, n_vpt=10, guide_epochs=30,
                  beta=0.1):
         super().__init__()
-        self.clip, self.guide_epochs, self.beta = clip.requires_grad_(False), guide_epochs, beta
+        if min(n_ctx, n_vpt) < 0:
+            raise UserError(f"n_ctx is {n_ctx} and n_vpt {n_vpt}: they must be 0 or more.")
+        self.clip, self.guide_epochs, self.beta, self.k = clip.requires_grad_(False), guide_epochs, beta, 0
         names = [name.replace("_", " ") for name in classnames]
         self.prompts = [f"[{n_ctx} vectors] {name}." for name in names]  # for people to read
         tokens = tokenize([" ".join(["X"] * n_ctx) + f" {name}." for name in names])
@@ -82,7 +86,7 @@ class VLP(nn.Module):
             return self.clip.encode_image(images)
 
     def likely(self, z0):
-        """z0 (B, E) -> (B, k): the classes that zero-shot CLIP finds likeliest, for the class-aware prompts."""
+        """z0 (B, E) -> (B, k): the classes that zero-shot CLIP finds likeliest; DPT and CAVPT make prompts of them."""
         return self.clip.logits(z0, self.w0).topk(self.k, dim=-1).indices
 
     def encode_image(self, images):
@@ -94,10 +98,14 @@ class VLP(nn.Module):
             x = block(torch.cat([x[:, :n], p.expand(len(x), -1, -1)], dim=1))  # Eq. 4
         return visual.project(x)
 
-    def forward(self, images, text=None):
-        """images (B, 3, R, R), text = G (K, E) or None to compute it -> logits (B, K)."""
+    def features(self, images, text=None):
+        """images (B, 3, R, R), text = G (K, E) or None to compute it -> z (B, E), G (K, E)."""
         text = self.encode_text() if text is None else text
-        return self.clip.logits(self.encode_image(images), text)
+        return self.encode_image(images), text
+
+    def forward(self, images, text=None):
+        """-> logits (B, K)."""
+        return self.clip.logits(*self.features(images, text))
 
     def loss(self, images, labels, epoch=0):
         """labels (B,) -> scalar: Eq. 12 without its last term in the first guide_epochs, then Eq. 9."""
@@ -142,20 +150,21 @@ class DPT(VLP):
     counted from 1; beyond the last layer means the last. cavpt_shared: one module for all of them.
     """
 
-    short = {"epochs": {1: 60, 2: 100, 4: 100, 8: 100, 16: 60}}
-    recipe = VLP.recipe | dict(datasets=VLP.recipe["datasets"] | {"caltech101": short, "oxford_pets": short})
+    recipe = VLP.recipe | dict(datasets=VLP.recipe["datasets"] | dict.fromkeys(
+        ("caltech101", "oxford_pets"), {"epochs": {1: 60, 2: 100, 4: 100, 8: 100, 16: 60}}))
 
     def __init__(self, clip, classnames, templates=("a photo of a {}.",), *, n_ctx=16, n_vpt=10, guide_epochs=30,
                  beta=0.1, k_n=10, alpha=0.3, cavpt_layers="12", cavpt_shared=False):
         super().__init__(clip, classnames, templates, n_ctx=n_ctx, n_vpt=n_vpt, guide_epochs=guide_epochs, beta=beta)
         self.k, self.alpha = min(k_n, len(classnames)), alpha
         depth, joint, width = len(clip.visual.blocks), self.w0.shape[1], self.visual_prompts.shape[-1]
-        first, _, last = str(cavpt_layers).partition("-")
-        if not (first.isdigit() and (last or first).isdigit() and 1 <= int(first) <= int(last or first)):
+        first, dash, last = str(cavpt_layers).partition("-")
+        last = last if dash else first
+        if not (first.isdecimal() and last.isdecimal() and 1 <= int(first) <= int(last)):
             raise UserError(f"cavpt_layers is {cavpt_layers}: give a layer or a range, such as 12 or 8-12.")
-        self.layers = sorted({min(n, depth) - 1 for n in range(int(first), int(last or first) + 1)})
-        modules = 1 if cavpt_shared else len(self.layers)
-        self.cavpt = nn.ModuleList(ClassAwarePrompts(joint, width, len(classnames)) for _ in range(modules))
+        self.layers = sorted({min(n, depth) - 1 for n in range(int(first), int(last) + 1)})
+        modules = [ClassAwarePrompts(joint, width, len(classnames)) for _ in self.layers[: 1 if cavpt_shared else None]]
+        self.cavpt = nn.ModuleList(modules).to(self.w0.device)
 
     def encode_image(self, images, g):
         """g (B, k, E) -> z (B, E), auxiliary logits (layers, B, k, K)."""
@@ -163,19 +172,20 @@ class DPT(VLP):
         x = visual.embed(images)  # (B, 1+N, D)
         n = x.shape[1]
         for layer, (block, p) in enumerate(zip(visual.blocks, self.visual_prompts, strict=True)):
-            x, p = x[:, :n], p.expand(len(x), -1, -1)
-            if layer in self.layers:
+            x = x[:, :n]
+            if layer in self.layers:  # the layer's own prompts become keys, Eq. 10
                 module = self.cavpt[self.layers.index(layer) % len(self.cavpt)]
-                p, logits = module(g, x, self.visual_prompts[layer])
+                p, logits = module(g, x, p)
                 aux.append(logits)
-            x = block(torch.cat([x, p], dim=1))  # Eq. 4, Eq. 10
+            else:
+                p = p.expand(len(x), -1, -1)  # Eq. 4
+            x = block(torch.cat([x, p], dim=1))
         return visual.project(x), torch.stack(aux)
 
-    def forward(self, images, text=None):
-        """images (B, 3, R, R), text = G (K, E) or None to compute it -> logits (B, K)."""
+    def features(self, images, text=None):
+        """images (B, 3, R, R), text = G (K, E) or None to compute it -> z (B, E), G (K, E)."""
         text = self.encode_text() if text is None else text
-        z, _ = self.encode_image(images, text[self.likely(self.frozen(images))])
-        return self.clip.logits(z, text)
+        return self.encode_image(images, text[self.likely(self.frozen(images))])[0], text
 
     def loss(self, images, labels, epoch=0):
         """labels (B,) -> scalar: Eq. 12 in the first guide_epochs, then Eq. 11."""
@@ -184,7 +194,7 @@ class DPT(VLP):
         z, aux = self.encode_image(images, text[likely])
         hit = (likely == labels[:, None]).expand(len(aux), -1, -1)  # (layers, B, k), at most one per picture
         rows = F.cross_entropy(aux.movedim(-1, 1), labels[None, :, None].expand_as(hit), reduction="none")
-        l_ca = (rows * hit).sum() / hit.sum().clamp(min=1)  # Eq. 8; no picture with its class among them: 0
+        l_ca = (rows * hit).sum() / hit.sum().clamp(min=1)  # Eq. 8, over pictures and layers; 0 if there is no hit
         return self.phase_loss(z0 if epoch < self.guide_epochs else None, z, text, labels) + self.alpha * l_ca
 
 
@@ -208,14 +218,14 @@ class TemplatePrompts(nn.Module):
 
 
 class CAVPT(VLP):
-    """Version 1: on VLP with text="prompt", on VPT with text="template". No guidance, and the auxiliary loss weighs 1.
+    """Version 1: on VLP with text="prompt", on VPT, whose classifier is frozen, with text="template". No guidance.
 
     keep_vpt leaves the last layer its own prompts too. softmax_axis="keys" reads Eq. 9 as ordinary attention: over its
     single key all k_n prompts come out the same. The paper chose k_n per dataset by test accuracy: 5 for EuroSAT,
     Flowers, Food and DTD, 20 for Aircraft, 50 for Caltech, 100 for Cars, 37 for Pets.
     """
 
-    # v1, Section 4.1, with the rates and the warm-up of DPT's files where it prints none.
+    # v1 prints 200 epochs and 10 of warm-up, at 16 shots. The rates are DPT's, the other epochs CoOp's.
     recipe = VLP.recipe | dict(epochs={1: 50, 2: 100, 4: 100, 8: 200, 16: 200},
                                datasets={"imagenet": dict(epochs=50, warmup_epochs=1)})
 
@@ -223,14 +233,15 @@ class CAVPT(VLP):
                  softmax_axis="classes", keep_vpt=False, cavpt_loss=True, text="prompt"):
         super().__init__(clip, classnames, templates, n_ctx=n_ctx, n_vpt=n_vpt)
         if text not in ("prompt", "template") or softmax_axis not in ("classes", "keys"):
-            raise UserError(f"text is {text} and softmax_axis {softmax_axis}: choose prompt or template, classes or keys.")
+            raise UserError(f"text is {text} and softmax_axis {softmax_axis}: choose prompt or template, and classes "
+                            "or keys.")
         self.k, self.keep_vpt, self.cavpt_loss = min(k_n, len(classnames)), keep_vpt, cavpt_loss
         if text == "template":
             self.ctx, self.prompts = None, [templates[0].format(name.replace("_", " ")) for name in classnames]
         if not keep_vpt:  # the last layer's make room for the class-aware ones
             self.visual_prompts = nn.Parameter(self.visual_prompts[:-1].detach().clone())
         joint, width = self.w0.shape[1], self.visual_prompts.shape[-1]
-        self.cavpt = TemplatePrompts(joint, width, len(classnames), softmax_axis)
+        self.cavpt = TemplatePrompts(joint, width, len(classnames), softmax_axis).to(self.w0.device)
 
     def parameter_groups(self):
         """As VLP's; without text prompts all is at the recipe's rate."""
@@ -254,10 +265,10 @@ class CAVPT(VLP):
             p = torch.cat([p, self.visual_prompts[-1].expand(len(x), -1, -1)], dim=1)
         return visual.project(visual.blocks[-1](torch.cat([x, p], dim=1))), aux
 
-    def forward(self, images, text=None):
-        """images (B, 3, R, R), text (K, E) or None to compute it -> logits (B, K)."""
-        z, _ = self.encode_image(images, self.likely(self.frozen(images)))
-        return self.clip.logits(z, self.encode_text() if text is None else text)
+    def features(self, images, text=None):
+        """images (B, 3, R, R), text (K, E) or None to compute it -> z (B, E), text features (K, E)."""
+        text = self.encode_text() if text is None else text
+        return self.encode_image(images, self.likely(self.frozen(images)))[0], text
 
     def loss(self, images, labels, epoch=0):
         """labels (B,) -> scalar, v1 Eq. 12."""

@@ -47,9 +47,13 @@ class ZeroShot(nn.Module):
         """-> (K, E), unit rows."""
         return self.text
 
+    def features(self, images, text=None):
+        """images (B, 3, R, R) -> image features (B, E), text features (K, E)."""
+        return self.clip.encode_image(images), self.text if text is None else text
+
     def forward(self, images, text=None):
-        """images (B, 3, R, R) -> logits (B, K)."""
-        return self.clip.logits(self.clip.encode_image(images), self.text if text is None else text)
+        """-> logits (B, K)."""
+        return self.clip.logits(*self.features(images, text))
 
 
 METHODS = {"zeroshot": ZeroShot, "coop": CoOp, "vpt": VPT, "vlp": VLP, "cavpt": CAVPT, "dpt": DPT}
@@ -267,8 +271,11 @@ def parse_options(method_class, pairs, name):
         kind = type(defaults[key])
         try:
             options[key] = {"true": True, "false": False}[value.lower()] if kind is bool else kind(value)
+            if kind is int and options[key] < 0:
+                raise ValueError
         except (KeyError, ValueError):
-            raise UserError(f"--set {pair}: {key} takes a {kind.__name__}, such as {defaults[key]}.") from None
+            kinds = {int: "whole number from 0", float: "number", bool: "true or false", str: "text"}
+            raise UserError(f"--set {pair}: {key} takes a {kinds[kind]}, such as {defaults[key]}.") from None
     return options
 
 

@@ -29,7 +29,10 @@ from torch import nn
 
 
 class VPT(nn.Module):
-    """n_ctx prompts for every layer (deep) or for the first alone; learns L * n_ctx * D numbers, 92,160 on ViT-B."""
+    """n_ctx prompts for every layer (deep) or for the first alone, there before ln_pre if before_ln_pre.
+
+    Learns L * n_ctx * D numbers, 92,160 on ViT-B with 10 deep prompts; shallow n_ctx * D.
+    """
 
     # DPT, Section IV-A and its configuration files; on ImageNet its warm-up is one epoch.
     recipe = dict(
@@ -43,8 +46,8 @@ class VPT(nn.Module):
         self.before_ln_pre = before_ln_pre
         self.prompts = [templates[0].format(name.replace("_", " ")) for name in classnames]
         self.register_buffer("text", clip.classifier(classnames, templates), persistent=False)
-        layers, width = len(clip.visual.blocks) if deep else 1, clip.visual.class_embedding
-        self.visual_prompts = nn.Parameter(width.new_empty(layers, n_ctx, len(width)).normal_(std=0.02))
+        layers, width = len(clip.visual.blocks) if deep else 1, len(clip.visual.class_embedding)
+        self.visual_prompts = nn.Parameter(self.text.new_empty(layers, n_ctx, width).normal_(std=0.02))
 
     def encode_text(self):
         """-> (K, E), unit rows: the zero-shot classifier, the same at any time."""
@@ -55,17 +58,21 @@ class VPT(nn.Module):
         visual, prompts = self.clip.visual, self.visual_prompts
         x = visual.embed(images)  # (B, 1+N, D)
         n = x.shape[1]
-        if self.before_ln_pre:  # ln_pre works token by token, so normalising the prompts alone is the same
-            prompts = visual.ln_pre(prompts)
+        if self.before_ln_pre:  # of the first layer; ln_pre works token by token, so normalising them alone is the same
+            prompts = torch.cat([visual.ln_pre(prompts[:1]), prompts[1:]])
         for layer, block in enumerate(visual.blocks):
             if layer < len(prompts):  # deep: the outputs of the last prompts make room                     Eq. 4
                 x = torch.cat([x[:, :n], prompts[layer].expand(len(x), -1, -1)], dim=1)  # (B, 1+N+P, D)
             x = block(x)
         return visual.project(x)
 
+    def features(self, images, text=None):
+        """images (B, 3, R, R), text (K, E) or None -> image features (B, E), text features (K, E)."""
+        return self.encode_image(images), self.text if text is None else text
+
     def forward(self, images, text=None):
-        """images (B, 3, R, R), text (K, E) or None -> logits (B, K)."""
-        return self.clip.logits(self.encode_image(images), self.text if text is None else text)  # Eq. 1
+        """-> logits (B, K)."""
+        return self.clip.logits(*self.features(images, text))  # Eq. 1
 
     def loss(self, images, labels, epoch=0):
         """labels (B,) -> scalar cross-entropy."""

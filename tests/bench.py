@@ -11,6 +11,7 @@ A further method adds one function, clips -> (ours, plain), and one row to CASES
 """
 
 import argparse
+import copy
 import gc
 import importlib.util
 import platform
@@ -27,6 +28,8 @@ from torch import nn
 
 from clip_min import CLIP, tokenize
 from coop import CoOp
+from dpt import DPT, VLP
+from vpt import VPT
 
 SIZES = {"ViT-B/32": B32, "ViT-B/16": B16}
 N_CTX = 16
@@ -76,6 +79,50 @@ class PlainCoOp(nn.Module):
         return F.cross_entropy(self(images), labels)
 
 
+class PlainDPT(PlainCoOp):
+    """VPT, VLP and DPT as DPT's official code computes them, on OpenAI's package, with the learned tensors of `ours`."""
+
+    def __init__(self, clip, ours):
+        ctx = getattr(ours, "ctx", torch.zeros(N_CTX, clip.positional_embedding.shape[1]))
+        super().__init__(clip, ctx)
+        self.w0, self.guidance = ours.clip.classifier(NAMES), not isinstance(ours, VPT)
+        self.visual_prompts = nn.Parameter(ours.visual_prompts.detach().clone())
+        self.cavpt = copy.deepcopy(ours.cavpt[0]) if isinstance(ours, DPT) else None
+
+    def encode_image(self, images, g=None):
+        visual, aux = self.clip.visual, None
+        x = visual.conv1(images).flatten(2).permute(0, 2, 1)
+        x = torch.cat([visual.class_embedding.expand(len(x), 1, -1), x], dim=1) + visual.positional_embedding
+        x = visual.ln_pre(x).permute(1, 0, 2)  # (1+N, B, D), OpenAI's layout
+        n, blocks = len(x), visual.transformer.resblocks
+        for i, block in enumerate(blocks):
+            p = self.visual_prompts[i].unsqueeze(1).expand(-1, len(images), -1)
+            if self.cavpt is not None and i == len(blocks) - 1:
+                p, aux = self.cavpt(g, x[:n].permute(1, 0, 2), self.visual_prompts[i])
+                p = p.permute(1, 0, 2)
+            x = block(torch.cat([x[:n], p], dim=0))
+        return visual.ln_post(x[0]) @ visual.proj, aux
+
+    def cosines(self, image, text):
+        image, text = image / image.norm(dim=-1, keepdim=True), text / text.norm(dim=-1, keepdim=True)
+        return self.clip.logit_scale.exp() * image @ text.t()
+
+    def loss(self, images, labels):
+        if not self.guidance:  # VPT
+            return F.cross_entropy(self.cosines(self.encode_image(images)[0], self.w0), labels)
+        text = self.encode_text()
+        with torch.no_grad():
+            z0 = self.clip.encode_image(images)
+            likely = self.cosines(z0, self.w0).topk(10).indices
+        z, aux = self.encode_image(images, text[likely])
+        loss = (F.cross_entropy(self.cosines(z0, text), labels) + F.cross_entropy(self.cosines(z, self.w0), labels)
+                + 0.1 * F.cross_entropy(self.cosines(z, text), labels))
+        hit = likely == labels[:, None]
+        if aux is not None and hit.any():
+            loss = loss + 0.3 * F.cross_entropy(aux[hit], labels[hit.any(dim=1)])
+        return loss
+
+
 def coop_pair(clips):
     torch.manual_seed(1)
     ours = CoOp(clips.ours, NAMES, n_ctx=N_CTX)
@@ -86,23 +133,43 @@ def coop_pair(clips):
 
 
 def coop_step(clips):
-    """Forward, backward, SGD step. -> loss, gradient."""
+    return training_steps(clips, coop_pair(clips), "ctx")
+
+
+def training_steps(clips, methods, *learned):
+    """Forward, backward, SGD step of each method. -> loss, gradients of the named tensors."""
     images = clips.images(clips.train_batch)
     labels = torch.arange(len(images))
 
     def step_of(method):
-        optimizer = torch.optim.SGD([method.ctx], lr=0.002, momentum=0.9, weight_decay=5e-4)
+        parameters = [p for p in method.parameters() if p.requires_grad]
+        optimizer = torch.optim.SGD(parameters, lr=0.0, momentum=0.9, weight_decay=5e-4)  # comparable at every turn
 
         def step():
             loss = method.loss(images, labels)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            return loss.detach(), method.ctx.grad
+            return loss.detach(), *(getattr(method, name).grad for name in learned)
 
         return step
 
-    return tuple(step_of(method) for method in coop_pair(clips))
+    return tuple(step_of(method) for method in methods)
+
+
+def vpt_step(clips):
+    ours = VPT(clips.ours, NAMES)
+    return training_steps(clips, (ours, PlainDPT(clips.openai, ours)), "visual_prompts")
+
+
+def vlp_step(clips):
+    ours = VLP(clips.ours, NAMES)
+    return training_steps(clips, (ours, PlainDPT(clips.openai, ours)), "visual_prompts", "ctx")
+
+
+def dpt_step(clips):
+    ours = DPT(clips.ours, NAMES)
+    return training_steps(clips, (ours, PlainDPT(clips.openai, ours)), "visual_prompts", "ctx")
 
 
 def coop_evaluation(clips, batches=3):
@@ -146,6 +213,10 @@ CASES = [
     Case("CoOp training step", coop_step, {"ViT-B/32": 5, "ViT-B/16": 3.5}),
     # With B/16 nine tenths of our evaluation is the image tower, which both sides must compute: 2 is out of reach.
     Case("CoOp evaluation, 3 batches of 32", coop_evaluation, {"ViT-B/32": 2, "ViT-B/16": None}),
+    # VLP and DPT in the guidance phase, where both sides also run the frozen image tower once.
+    Case("VPT training step", vpt_step, {"ViT-B/32": 1.1}),
+    Case("VLP training step", vlp_step, {"ViT-B/32": 2.8}),
+    Case("DPT training step", dpt_step, {"ViT-B/32": 2.8}),
     Case("CoOp text tower, forward and backward", text_tower_step, {"ViT-B/32": 10}),  # the same in both backbones
 ]
 TRAIN_BATCH = {"ViT-B/32": 8, "ViT-B/16": 4}

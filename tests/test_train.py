@@ -177,7 +177,7 @@ def test_the_rate_is_constant_in_the_warm_up_and_then_falls_without_reaching_zer
     (1, 50), (2, 100), (3, 100), (4, 100), (8, 200), (16, 200), (0, 200), (32, 200),
 ])
 def test_coop_trains_as_many_epochs_as_its_paper_at_that_number_of_shots(shots, epochs):
-    flags = Namespace(epochs=None, lr=None, batch_size=None)
+    flags = Namespace(epochs=None, lr=None, warmup_epochs=None, batch_size=None)
     recipe = train.resolve_recipe(CoOp.recipe, "dtd", shots, flags)
     assert recipe["epochs"] == epochs
     assert (recipe["optimizer"], recipe["lr"], recipe["warmup_epochs"], recipe["batch_size"]) == ("sgd", 0.002, 1, 32)
