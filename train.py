@@ -29,6 +29,7 @@ import data
 from clip_min import UserError, load_clip, preprocess
 from coop import CoOp
 from dpt import CAVPT, DPT, VLP
+from upt import UPT, inter_class_variance, intra_class_variance
 from vpt import VPT
 
 
@@ -56,7 +57,8 @@ class ZeroShot(nn.Module):
         return self.clip.logits(*self.features(images, text))
 
 
-METHODS = {"zeroshot": ZeroShot, "coop": CoOp, "vpt": VPT, "vlp": VLP, "cavpt": CAVPT, "dpt": DPT}
+METHODS = {"zeroshot": ZeroShot, "coop": CoOp, "vpt": VPT, "vlp": VLP, "cavpt": CAVPT, "dpt": DPT,
+           "upt": UPT}
 
 # On the embedded world the recipes are the papers' but for this, so that a run takes seconds.
 WORLD_EPOCHS = 50
@@ -82,6 +84,8 @@ def main(argv=None):
     parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="key=value",
                         help="options of the method")
     parser.add_argument("--out", default="runs", help="where runs are saved (default: runs)")
+    parser.add_argument("--variance", action="store_true", help="also UPT's Appendix A: the variance of image features "
+                        "within and of text features between the classes, before and after training")
     parser.add_argument("--load", metavar="RUN", help="evaluate the prompts of a finished run instead of training")
     args = parser.parse_args(argv)
     try:
@@ -134,6 +138,7 @@ def run(args, seed):
     zero_shot = ZeroShot(clip, bench.classnames, bench.templates) if trainable else method
     zero_shot_accuracy = accuracy = evaluate(zero_shot, test_loader, device, dtype)
     print(f"zero-shot {zero_shot_accuracy:.2f} %")
+    spread = {"before": variance(zero_shot, test_loader, device, dtype)} if args.variance else {}
     seconds_training = 0.0
     if trainable:
         began = time.time()
@@ -146,6 +151,11 @@ def run(args, seed):
                   f"{accuracy:.2f} % (zero-shot {zero_shot_accuracy:.2f} %): it collapsed or did harm, "
                   "try a smaller --lr.")
     print(f"accuracy  {accuracy:.2f} % of {len(bench.test)} test pictures after the last epoch")
+    if args.variance:
+        spread["after"] = variance(method, test_loader, device, dtype)
+        for when, (image, text) in spread.items():
+            print(f"variance  {when} training: {image:.4f} of image features within, {text:.4f} of text features "
+                  "between classes")
 
     learned = {key: p.detach().cpu() for key, p in method.named_parameters() if p.requires_grad}
     file = Path(backbone).expanduser()
@@ -159,7 +169,8 @@ def run(args, seed):
         accuracy=round(accuracy, 4), published=None, published_source=None, shifts={}, trainable_parameters=trainable,
         seconds_training=round(seconds_training, 2), seconds_total=round(time.time() - started, 2),
         epochs=recipe.get("epochs", 0), recipe=recipe, options=options, picks=bench.picks, torch=torch.__version__,
-        device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type))
+        device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        **({"variance": spread} if spread else {})))
     print(f"saved     {folder}")
 
 
@@ -229,6 +240,17 @@ def evaluate(method, loader, device, dtype):
     return 100 * correct.item() / len(loader.dataset)
 
 
+@torch.no_grad()
+def variance(method, loader, device, dtype):
+    """-> UPT's Var_v (Eq. 6-7) of the test pictures and Var_t (Eq. 8) of the classifier, of unit features."""
+    method.eval()
+    with torch.autocast(device.type, dtype, enabled=dtype is not None):
+        text = method.encode_text()
+        batches = [(method.features(images.to(device), text)[0], labels) for images, labels in loader]
+    images, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
+    return intra_class_variance(images, labels.to(device)).item(), inter_class_variance(text).item()
+
+
 def picture_loader(bench, items, transform, batch_size, device, workers, training=False):
     """Batches of (images, labels). Few-shot pictures are decoded once and kept, if they fit (data.KEEP_BYTES)."""
     pictures = data.Pictures(items, transform, bench.own)
@@ -268,7 +290,7 @@ def parse_options(method_class, pairs, name):
         if key not in defaults:
             known = ", ".join(f"{k}={v}" for k, v in defaults.items()) or "none"
             raise UserError(f"{name} has no option {key}; its options and their defaults: {known}.")
-        kind = type(defaults[key])
+        kind = int if defaults[key] is None else type(defaults[key])
         try:
             options[key] = {"true": True, "false": False}[value.lower()] if kind is bool else kind(value)
             if kind is int and options[key] < 0:

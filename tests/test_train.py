@@ -185,6 +185,14 @@ def test_coop_trains_as_many_epochs_as_its_paper_at_that_number_of_shots(shots, 
     assert train.resolve_recipe(CoOp.recipe, "imagenet", shots, flags)["epochs"] == 50
 
 
+def test_variance_is_printed_and_recorded_before_and_after_training(start, tmp_path, capsys):
+    assert start("--variance", "--epochs", 1) == 0
+    assert "variance  before training" in (out := capsys.readouterr().out) and "variance  after training" in out
+    spread = result(run_folder(tmp_path))["variance"]
+    assert spread["before"][0] == spread["after"][0]  # CoOp leaves the image features as they were
+    assert spread["before"][1] != spread["after"][1] and all(0 < v < 2 for pair in spread.values() for v in pair)
+
+
 def test_flags_override_the_recipe_and_are_recorded(start, tmp_path):
     assert start("--epochs", 3, "--lr", 0.01, "--batch-size", 5) == 0
     run = result(run_folder(tmp_path))
