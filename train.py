@@ -148,8 +148,7 @@ def run(args, seed):
         chance = math.log(len(bench.classnames))
         if accuracy < zero_shot_accuracy or abs(final_loss - chance) < 0.03 * chance:
             print(f"warning: training ended at loss {final_loss:.3f} (chance is ln K = {chance:.3f}) and "
-                  f"{accuracy:.2f} % (zero-shot {zero_shot_accuracy:.2f} %): it collapsed or did harm, "
-                  "try a smaller --lr.")
+                  f"{accuracy:.2f} % (zero-shot {zero_shot_accuracy:.2f} %): if it collapsed, try a smaller --lr.")
     print(f"accuracy  {accuracy:.2f} % of {len(bench.test)} test pictures after the last epoch")
     if args.variance:
         spread["after"] = variance(method, test_loader, device, dtype)

@@ -12,18 +12,23 @@ Zang, Li, Zhou, Huang, Loy: Unified Vision and Language Prompt Learning, arXiv:2
     theta   attention, ffn, ln_1, ln_2                 learned, one for all layers
     W_p, b  to_visual  Dt -> D                         learned, one for all layers
 
-The paper prints Eq. 5 and "layer-wise prompts". It leaves open, and here is chosen: how 512 numbers become 768 (W_p, as
-in the author's code), whether tokens or features are split (tokens, the first n_text for the text), n (4 + 4), how many
-LN (two, the second used twice), heads (1), width of the FFN (512), dropout (0.1), theta per layer or one (one), how deep
-text prompts enter (they overwrite the hidden states of the last ones), warm-up and epochs (CoOp's). Appendix B names one
-template for zero-shot and VPT, "a photo of a"; the dataset's own is used, which its published numbers need.
+The paper prints Eq. 5 and "layer-wise prompts". It leaves open, and here is chosen: how 512 numbers become 768 (W_p,
+as in the author's code), whether tokens or features are split (tokens, the first n_text for the text), n (4 + 4), how
+many LN (two, the second used twice), heads (1), width of the FFN (512), dropout (0.1), theta per layer or one (one),
+how deep text prompts enter (they overwrite the hidden states of the last ones), warm-up and epochs (CoOp's). Appendix
+B names one template for zero-shot and VPT, "a photo of a"; the dataset's own is used, which its published numbers
+need.
 
 The author's later trainer, the only code there is, is another method: preset="released" has its one shallow set, its
-block h = LN(U + SA(U)), U^ = h + FFN(LN(h)), its prompts in front of ln_pre, and its attention, which sees one token at
-a time because its axes are swapped: the two modalities meet only in the weights of theta, and the query and key weights
-never learn. (It evaluates theta twice per step, with two dropout masks; here once.)
+block h = LN(U + SA(U)), U^ = h + FFN(LN(h)), its prompts in front of ln_pre, and its attention, which sees one token
+at a time because its axes are swapped: the two modalities meet only in the weights of theta, and the query and key
+weights never learn. (It evaluates theta twice per step, with two dropout masks; here once.)
 
-RESIDUAL_EVIDENCE
+Eq. 5 ends in LN, so its prompts have unit variance, 25 to 50 times a word embedding's at the door of the text tower (so do
+the released ones; mlp's and shared's stay small). The literal form is the default: on the embedded world (16 shots,
+mean of seeds 1 to 3, shapes / shapes_tint) it reached 79.1 / 91.8 %, and with text_scale=0.05, which mends the size,
+80.3 / 91.9; with the logit scale raised from 26 to CLIP's 100, 63.8 / 84.7 and 65.8 / 81.6, seeds up to 29 points
+apart. None collapsed, and no difference exceeds the spread. On OpenAI's weights neither has been run here.
 
 Table 2 of the paper, the first three rows with the other files:
     1 CoOp         train.py --method coop --set ctx_init="a photo of a"
@@ -86,7 +91,8 @@ class UPT(nn.Module):
             self.register_buffer(key, value, persistent=False)
 
         if heads < 1 or shared.shape[-1] % heads or not 0 <= dropout < 1:
-            raise UserError(f"heads is {heads} and dropout {dropout}: choose a divisor of {shared.shape[-1]}, and 0 to 1.")
+            raise UserError(f"heads is {heads} and dropout {dropout}: choose a divisor of {shared.shape[-1]}, and "
+                            "0 to 1.")
         width, visual_width, depth = shared.shape[-1], len(clip.visual.class_embedding), max(depth_text, depth_visual)
 
         def normal(*shape):
