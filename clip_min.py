@@ -393,7 +393,7 @@ def download(url, path, algorithm=None, digest=None, check=None):
                 while chunk := response.read(1 << 20):
                     file.write(chunk)
                     if sys.stderr.isatty():
-                        print(f"\r  {file.tell() / 1e6:.0f} of {total / 1e6:.0f} MB", end="", file=sys.stderr)
+                        print(f"  {file.tell() / 1e6:.0f} of {total / 1e6:.0f} MB", end="\r", file=sys.stderr)
             if part.stat().st_size < total:
                 raise UserError(f"{url} stopped at {part.stat().st_size} of {total} bytes, run again to resume")
     except (OSError, HTTPException) as error:

@@ -387,8 +387,8 @@ class World:
     cast: tuple | None = None                       # colour matrix, rows for red, green and blue
 
 
-# The names of `shapes` are at odds with the tiny CLIP's captions: text prompts can mend that. Those of `shapes_tint` fit,
-# but its pictures lie under a colour cast: visual prompts can. The rest are to `shapes` what ImageNet's four are to it.
+# The names of `shapes` are at odds with the tiny CLIP's captions: text prompts mend that. Those of `shapes_tint` fit, but
+# its pictures lie under a colour cast: visual prompts mend it. The rest are to `shapes` what ImageNet's four are to it.
 WORLD = {
     "shapes": World(),
     "shapes_tint": World("colour", "{texture} {colour} shape", misleading=0.0, noise=(0.2, 0.6),

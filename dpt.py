@@ -233,8 +233,8 @@ class CAVPT(VLP):
                  softmax_axis="classes", keep_vpt=False, cavpt_loss=True, text="prompt"):
         super().__init__(clip, classnames, templates, n_ctx=n_ctx, n_vpt=n_vpt)
         if text not in ("prompt", "template") or softmax_axis not in ("classes", "keys"):
-            raise UserError(f"text is {text} and softmax_axis {softmax_axis}: choose prompt or template, and classes "
-                            "or keys.")
+            raise UserError(f"text is {text} and softmax_axis {softmax_axis}: choose prompt or template, "
+                            "classes or keys.")
         self.k, self.keep_vpt, self.cavpt_loss = min(k_n, len(classnames)), keep_vpt, cavpt_loss
         if text == "template":
             self.ctx, self.prompts = None, [templates[0].format(name.replace("_", " ")) for name in classnames]
