@@ -387,7 +387,7 @@ class World:
     cast: tuple | None = None                       # colour matrix, rows for red, green and blue
 
 
-# The names of `shapes` are at odds with the tiny CLIP's captions: text prompts mend that. Those of `shapes_tint` fit, but
+# The names of `shapes` are at odds with the tiny CLIP's captions: text prompts mend it. Those of `shapes_tint` fit, but
 # its pictures lie under a colour cast: visual prompts mend it. The rest are to `shapes` what ImageNet's four are to it.
 WORLD = {
     "shapes": World(),

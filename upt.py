@@ -25,10 +25,10 @@ at a time because its axes are swapped: the two modalities meet only in the weig
 weights never learn. (It evaluates theta twice per step, with two dropout masks; here once.)
 
 Eq. 5 ends in LN, so its prompts have unit variance, 25 to 50 times a word embedding's size at the door of the text
-tower (so do the released ones; mlp's and shared's stay small). The literal form is the default: on the embedded world (16 shots,
-mean of seeds 1 to 3, shapes / shapes_tint) it reached 79.1 / 91.8 %, and with text_scale=0.05, which mends the size,
-80.3 / 91.9; with the logit scale raised from 26 to CLIP's 100, 63.8 / 84.7 and 65.8 / 81.6, seeds up to 29 points
-apart. None collapsed, and no difference exceeds the spread. On OpenAI's weights neither has been run here.
+tower (so do the released ones; mlp's and shared's stay small). The literal form is the default: on the embedded world
+(16 shots, mean of seeds 1 to 3, shapes / shapes_tint) it reached 79.1 / 91.8 %, and with text_scale=0.05, which mends
+the size, 80.3 / 91.9; with the logit scale raised from 26 to CLIP's 100, 63.8 / 84.7 and 65.8 / 81.6, seeds up to 29
+points apart. None collapsed, and no difference exceeds the spread. On OpenAI's weights neither has been run here.
 
 Table 2 of the paper, the first three rows with the other files:
     1 CoOp         train.py --method coop --set ctx_init="a photo of a"
