@@ -147,7 +147,7 @@ class DPT(VLP):
     """VLP with class-aware visual prompts. Learns 1,136,384 numbers on ViT-B besides the auxiliary classifier.
 
     k_n: how many of the classes that zero-shot CLIP finds likeliest make prompts. cavpt_layers: "12", "8-12", "1-4",
-    counted from 1; beyond the last layer means the last. cavpt_shared: one module for all of them.
+    counted from 1; beyond the last layer means the last (ViT-B's is 12, ViT-L's 24). cavpt_shared: one module for all.
     """
 
     recipe = VLP.recipe | dict(datasets=VLP.recipe["datasets"] | dict.fromkeys(
