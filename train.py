@@ -152,9 +152,8 @@ def run(args, seed):
     print(f"accuracy  {accuracy:.2f} % of {len(bench.test)} test pictures after the last epoch")
     if args.variance:
         spread["after"] = variance(method, test_loader, device, dtype)
-        for when, (image, text) in spread.items():
-            print(f"variance  {when} training: {image:.4f} of image features within, {text:.4f} of text features "
-                  "between classes")
+        for when, values in spread.items():
+            print(f"variance  {when} training: {', '.join(f'{key} {value:.4f}' for key, value in values.items())}")
 
     learned = {key: p.detach().cpu() for key, p in method.named_parameters() if p.requires_grad}
     file = Path(backbone).expanduser()
@@ -241,13 +240,14 @@ def evaluate(method, loader, device, dtype):
 
 @torch.no_grad()
 def variance(method, loader, device, dtype):
-    """-> UPT's Var_v (Eq. 6-7) of the test pictures and Var_t (Eq. 8) of the classifier, of unit features."""
+    """-> UPT's Var_v (Eq. 6-7) of the test pictures and Var_t (Eq. 8) of the classifier, by name, of unit features."""
     method.eval()
     with torch.autocast(device.type, dtype, enabled=dtype is not None):
         text = method.encode_text()
         batches = [(method.features(images.to(device), text)[0], labels) for images, labels in loader]
     images, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
-    return intra_class_variance(images, labels.to(device)).item(), inter_class_variance(text).item()
+    return {"image_within_classes": intra_class_variance(images, labels.to(device)).item(),
+            "text_between_classes": inter_class_variance(text).item()}
 
 
 def picture_loader(bench, items, transform, batch_size, device, workers, training=False):
@@ -319,14 +319,14 @@ def choose_device(device, precision):
 
 def evaluate_again(args):
     """--load: the saved prompts on the full test set again. The data come from --root, the rest from the run."""
-    saved, bench, method, device, dtype = restore(args)
+    bench, method, device, dtype = restore(args)
     loader = picture_loader(bench, bench.test, preprocess(method.clip.visual.resolution), 100, device, args.workers)
     accuracy = evaluate(method, loader, device, dtype)
     print(f"accuracy  {accuracy:.2f} % of {len(bench.test)} test pictures of {bench.name} ({args.load})")
 
 
 def restore(args):
-    """A finished run -> (its saved settings, Benchmark, method with the learned tensors, device, dtype)."""
+    """A finished run -> (Benchmark, method with the learned tensors, device, autocast dtype)."""
     path = Path(args.load) / "prompts.pt"
     if not path.is_file():
         raise UserError(f"{path} does not exist: give --load the folder of a finished run.")
@@ -354,7 +354,7 @@ def restore(args):
     with torch.no_grad():
         for key, parameter in parameters.items():
             parameter.copy_(saved["tensors"][key])
-    return saved, bench, method, device, dtype
+    return bench, method, device, dtype
 
 
 def backbone_label(backbone):
@@ -380,8 +380,8 @@ def save(path, write, value):
     try:
         write(value, part)
         part.replace(path)
-    except OSError as error:
-        raise UserError(f"{path} cannot be written ({error.strerror}): make room or choose another --out.") from error
+    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
+        raise UserError(f"{path} cannot be written ({error}): make room or choose another --out.") from error
 
 
 if __name__ == "__main__":

@@ -189,8 +189,10 @@ def test_variance_is_printed_and_recorded_before_and_after_training(start, tmp_p
     assert start("--variance", "--epochs", 1) == 0
     assert "variance  before training" in (out := capsys.readouterr().out) and "variance  after training" in out
     spread = result(run_folder(tmp_path))["variance"]
-    assert spread["before"][0] == spread["after"][0]  # CoOp leaves the image features as they were
-    assert spread["before"][1] != spread["after"][1] and all(0 < v < 2 for pair in spread.values() for v in pair)
+    before, after = spread["before"], spread["after"]
+    assert before["image_within_classes"] == after["image_within_classes"]  # CoOp leaves the image features as they were
+    assert before["text_between_classes"] != after["text_between_classes"]
+    assert all(0 < value < 2 for value in [*before.values(), *after.values()])
 
 
 def test_flags_override_the_recipe_and_are_recorded(start, tmp_path):
