@@ -48,6 +48,11 @@ class UserError(ValueError):
     """Something the user can mend: train.py prints the one sentence and exits with status 2, without a traceback."""
 
 
+def full_precision(device):
+    """A context without autocast, for the few steps that need fp32; also on a device that knows no autocast."""
+    return torch.autocast(device.type, enabled=False) if is_autocast_available(device.type) else nullcontext()
+
+
 def preprocess(resolution):
     """CLIP's picture pipeline: an RGB PIL image -> (3, resolution, resolution) float tensor."""
     return transforms.Compose([
@@ -140,7 +145,7 @@ class Attention(nn.Module):
         self.out_proj = nn.Linear(width, width)
 
     def split_heads(self, x):  # (B, N, D) -> (B, H, N, 64)
-        return x.unflatten(-1, (self.heads, 64)).transpose(1, 2)
+        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
     def query(self, x):
         d = x.shape[-1]
@@ -166,12 +171,13 @@ class Block(nn.Module):
         self.ln_1, self.ln_2 = nn.LayerNorm(width), nn.LayerNorm(width)
         self.mlp = nn.ModuleDict({"c_fc": nn.Linear(width, 4 * width), "c_proj": nn.Linear(4 * width, width)})
 
-    def forward(self, x):
+    def forward(self, x, mask=None, every=False):
+        """mask (B, N): which tokens are looked at, None for all; every: the last block returns all tokens, too."""
         h = self.ln_1(x)
         k, v = self.attn.key_value(h)
-        if self.last:  # only the class token is read after the last block
+        if self.last and not every:  # only the class token is read after the last block
             x, h = x[:, :1], h[:, :1]
-        return self.finish(x, self.attn(self.attn.query(h), k, v))
+        return self.finish(x, self.attn(self.attn.query(h), k, v, None if mask is None else mask[:, None, None]))
 
     def finish(self, x, attended):
         x = x + attended
@@ -288,8 +294,7 @@ class CLIP(nn.Module):
 
     def logits(self, image_features, text_features):
         """(B, E), (K, E) -> (B, K): exp(logit_scale) * cosine, in fp32 also under autocast (logits of 30 need it)."""
-        device = image_features.device.type
-        with torch.autocast(device, enabled=False) if is_autocast_available(device) else nullcontext():
+        with full_precision(image_features.device):
             image, text = (F.normalize(x.float(), dim=-1) for x in (image_features, text_features))
             return self.logit_scale.exp() * image @ text.T
 

@@ -7,6 +7,7 @@
     python train.py --data path/to/folder --shots 4 --seeds 1 2 3     # your own photographs, a folder per class
     python train.py --set n_ctx=4 class_token_position=middle         # a method's own options: see its file
     python train.py --load runs/shapes/coop/tiny_16shot_seed1         # evaluate a trained prompt again
+    python train.py --load RUN --attention cat.jpg                    # what FG-VPL looks at, as a picture
 
 The papers' protocol: k pictures per class drawn with seeds 1, 2, 3, the model of the last epoch, top-1 on the full
 test set. A run leaves runs/DATA/METHOD/BACKBONE_SHOTSshot_seedS/ with result.json and prompts.pt, the learned tensors.
@@ -22,13 +23,16 @@ import time
 from pathlib import Path
 
 import torch
+from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader
+from torchvision import transforms
 
 import data
 from clip_min import UserError, load_clip, preprocess
 from coop import CoOp
 from dpt import CAVPT, DPT, VLP
+from fgvpl import FGVPL
 from upt import UPT, inter_class_variance, intra_class_variance
 from vpt import VPT
 
@@ -58,7 +62,9 @@ class ZeroShot(nn.Module):
 
 
 METHODS = {"zeroshot": ZeroShot, "coop": CoOp, "vpt": VPT, "vlp": VLP, "cavpt": CAVPT, "dpt": DPT,
-           "upt": UPT}
+           "upt": UPT, "fgvpl": FGVPL}
+
+SHOWN = 336  # pixels, a side of each picture that --attention puts side by side
 
 # On the embedded world the recipes are the papers' but for this, so that a run takes seconds.
 WORLD_EPOCHS = 50
@@ -87,13 +93,16 @@ def main(argv=None):
     parser.add_argument("--variance", action="store_true", help="also UPT's Appendix A: the variance of image features "
                         "within and of text features between the classes, before and after training")
     parser.add_argument("--load", metavar="RUN", help="evaluate the prompts of a finished run instead of training")
+    parser.add_argument("--attention", metavar="IMAGE", help="with --load: write what the method looks at in a picture")
     args = parser.parse_args(argv)
     try:
         for flag, least in dict(epochs=1, lr=1e-30, batch_size=1, warmup_epochs=0, workers=0, shots=0).items():
             if (given := getattr(args, flag)) is not None and not given >= least:
                 allowed = "above 0" if least else "0 or more"
                 raise UserError(f"--{flag.replace('_', '-')} is {given}: it must be {allowed}.")
-        if args.load:
+        if args.attention:
+            show_attention(args)
+        elif args.load:
             evaluate_again(args)
         else:
             for seed in args.seeds or [1]:
@@ -117,8 +126,8 @@ def run(args, seed):
     shots = 16 if args.shots is None else args.shots
     bench = data.load(args.data or "shapes", args.root, shots, seed)
     backbone = args.backbone or ("tiny" if bench.name in data.WORLD and not bench.own else "ViT-B/16")
-    recipe = resolve_recipe(method_class.recipe, None if bench.own else bench.name, shots, args)
-    options = recipe.pop("options", {}) | options
+    recipe = resolve_recipe(method_class.recipe, options, None if bench.own else bench.name, shots, args)
+    options, templates = recipe.pop("options", {}) | options, recipe.pop("templates", bench.templates)
     clip = load_clip(backbone, device)
     folder = Path(args.out) / bench.name / name / f"{backbone_label(backbone)}_{shots}shot_seed{seed}"
     make_folder(Path(args.out))  # now, so that a place that cannot be written to does not cost a training
@@ -130,21 +139,27 @@ def run(args, seed):
     print(f"recipe    {', '.join(f'{key} {value}' for key, value in recipe.items()) or 'nothing to train'}")
 
     torch.manual_seed(seed)  # initial prompts, order of pictures, augmentation
-    method = method_class(clip, bench.classnames, bench.templates, **options).to(device)
+    method = method_class(clip, bench.classnames, templates, **options).to(device)
+    cached = getattr(method, "has_cache", False)
+    if cached:
+        method.reserve(len(bench.train))
     trainable = sum(p.numel() for p in method.parameters() if p.requires_grad)
     print(f"prompts   {' | '.join(method.prompts[:3])}   ({trainable:,} numbers to learn)")
 
     test_loader = picture_loader(bench, bench.test, preprocess(clip.visual.resolution), 100, device, args.workers)
-    zero_shot = ZeroShot(clip, bench.classnames, bench.templates) if trainable else method
+    zero_shot = ZeroShot(clip, bench.classnames, templates)
     zero_shot_accuracy = accuracy = evaluate(zero_shot, test_loader, device, dtype)
     print(f"zero-shot {zero_shot_accuracy:.2f} %")
     spread = {"before": variance(zero_shot, test_loader, device, dtype)} if args.variance else {}
-    seconds_training = 0.0
+    began = time.time()
+    if cached:
+        prepare(method, bench, recipe, device, dtype, args.workers)
     if trainable:
-        began = time.time()
         final_loss = train(method, bench, recipe, device, dtype, args.workers)
-        seconds_training = time.time() - began
+    seconds_training = time.time() - began
+    if cached or trainable:
         accuracy = evaluate(method, test_loader, device, dtype)
+    if trainable:
         chance = math.log(len(bench.classnames))
         if accuracy < zero_shot_accuracy or abs(final_loss - chance) < 0.03 * chance:
             print(f"warning: training ended at loss {final_loss:.3f} (chance is ln K = {chance:.3f}) and "
@@ -155,12 +170,12 @@ def run(args, seed):
         for when, values in spread.items():
             print(f"variance  {when} training: {', '.join(f'{key} {value:.4f}' for key, value in values.items())}")
 
-    learned = {key: p.detach().cpu() for key, p in method.named_parameters() if p.requires_grad}
     file = Path(backbone).expanduser()
     save(folder / "prompts.pt", torch.save, dict(
         method=name, options=options, data=str(bench.folder.resolve()) if bench.own else bench.name, shots=shots,
         seed=seed, backbone=str(file.resolve()) if file.is_file() else backbone, precision=args.precision,
-        classnames=list(bench.classnames), templates=list(bench.templates), tensors=learned))
+        classnames=list(bench.classnames), templates=list(templates),
+        tensors={key: tensor.cpu() for key, tensor in own_state(method).items()}))
     save(folder / "result.json", write_json, dict(
         method=name, data=bench.name, backbone=backbone, shots=shots, seed=seed, classes=len(bench.classnames),
         train_images=len(bench.train), test_images=len(bench.test), zero_shot=round(zero_shot_accuracy, 4),
@@ -172,10 +187,41 @@ def run(args, seed):
     print(f"saved     {folder}")
 
 
+class Views:
+    """Batches of the few-shot set in its order: every walk through it is another view, augmented anew."""
+
+    def __init__(self, loader, device):
+        self.loader, self.device, self.number = loader, device, 0
+
+    def __iter__(self):
+        self.number += 1
+        for batch, (images, labels) in enumerate(self.loader, 1):
+            if sys.stdout.isatty():
+                print(f"\rcache     view {self.number}, batch {batch}/{len(self.loader)}".ljust(70), end="", flush=True)
+            yield images.to(self.device, non_blocking=True), labels.to(self.device)
+
+
+def prepare(method, bench, recipe, device, dtype, workers):
+    """Show the method the few-shot set before training, with the training's augmentation."""
+    augment = data.augment(method.clip.visual.resolution, recipe["crop_scale"])
+    views = Views(picture_loader(bench, bench.train, augment, 100, device, workers, keep=True), device)
+    with torch.autocast(device.type, dtype, enabled=dtype is not None):
+        method.prepare(views)
+    print(f"\rcache     {len(bench.train)} pictures, {views.number} views".ljust(70))
+
+
 def train(method, bench, recipe, device, dtype, workers):
     """The loop. -> mean loss of the last epoch. Only the method's own parameters change."""
     augment = data.augment(method.clip.visual.resolution, recipe["crop_scale"])
-    loader = picture_loader(bench, bench.train, augment, recipe["batch_size"], device, workers, training=True)
+    # Instead of its label each picture brings its row in the training list: FG-VPL's loss knows the pictures by it.
+    numbered = [(path, row) for row, (path, _) in enumerate(bench.train)]
+    targets = torch.tensor([label for _, label in bench.train], device=device)
+    # A last short batch is dropped unless it is the only one, as Dassl does.
+    drop_last = recipe.get("drop_last", True) and len(numbered) >= recipe["batch_size"]
+    loader = picture_loader(bench, numbered, augment, recipe["batch_size"], device, workers, keep=True, shuffle=True,
+                            drop_last=drop_last)
+    takes_rows = "rows" in inspect.signature(method.loss).parameters
+    per_step = recipe.get("cosine") == "steps"  # else the rate stays for an epoch
     learned = [p for p in method.parameters() if p.requires_grad]
     groups = method.parameter_groups() if hasattr(method, "parameter_groups") else [{"params": learned}]
     for group in groups:
@@ -190,13 +236,13 @@ def train(method, bench, recipe, device, dtype, workers):
     began, epochs = time.time(), recipe["epochs"]
     method.train()
     for epoch in range(epochs):
-        for group, (lr, warmup) in zip(optimizer.param_groups, base, strict=True):
-            group["lr"] = learning_rate(lr, epoch, epochs, warmup)
         losses = []
-        for images, labels in loader:
-            images, labels = (x.to(device, non_blocking=True) for x in (images, labels))
+        for step, (images, rows) in enumerate(loader):
+            for group, (lr, warmup) in zip(optimizer.param_groups, base, strict=True):
+                group["lr"] = learning_rate(lr, epoch + (step / len(loader) if per_step else 0), epochs, warmup)
+            images, rows = (x.to(device, non_blocking=True) for x in (images, rows))
             with torch.autocast(device.type, dtype, enabled=dtype is not None):
-                loss = method.loss(images, labels, epoch)
+                loss = method.loss(images, targets[rows], epoch, **({"rows": rows} if takes_rows else {}))
             optimizer.zero_grad()
             scaler.scale(loss).backward()
             scaler.step(optimizer)
@@ -218,9 +264,10 @@ def train(method, bench, recipe, device, dtype, workers):
 
 
 def learning_rate(base, epoch, epochs, warmup):
-    """Dassl's schedule, per epoch: 1e-5 for the first `warmup`, then a cosine whose period is not shortened by them.
+    """Dassl's schedule: 1e-5 for the first `warmup` epochs, then a cosine whose period is not shortened by them.
 
-    So it starts at base and ends above zero. CoOp, VPT, DPT and UPT were trained with it.
+    So it starts at base and ends above zero. CoOp, VPT, DPT and UPT were trained with it, one rate per epoch; a broken
+    number of epochs and no warm-up give the plain cosine over all steps, FG-VPL's.
     """
     return 1e-5 if epoch < warmup else base / 2 * (1 + math.cos(math.pi * (epoch - warmup) / epochs))
 
@@ -250,27 +297,28 @@ def variance(method, loader, device, dtype):
             "text_between_classes": inter_class_variance(text).item()}
 
 
-def picture_loader(bench, items, transform, batch_size, device, workers, training=False):
-    """Batches of (images, labels). Few-shot pictures are decoded once and kept, if they fit (data.KEEP_BYTES)."""
+def picture_loader(bench, items, transform, batch_size, device, workers, keep=False, **order):
+    """Batches of (images, labels). keep: few-shot pictures are decoded once and kept, if they fit (data.KEEP_BYTES)."""
     pictures = data.Pictures(items, transform, bench.own)
-    if training:
+    if keep:
         pictures.keep()
     if workers is None:
         workers = 0 if device.type == "cpu" else min(8, os.cpu_count() or 1)  # on a CPU the towers need the cores
     fork = "fork" if workers and sys.platform == "linux" else None  # shares the kept pictures instead of copying them
-    # A last short batch is dropped unless it is the only one, as Dassl does.
-    return DataLoader(pictures, batch_size, shuffle=training, drop_last=training and len(items) >= batch_size,
-                      num_workers=workers, persistent_workers=workers > 0, multiprocessing_context=fork,
-                      pin_memory=device.type == "cuda")
+    return DataLoader(pictures, batch_size, num_workers=workers, persistent_workers=workers > 0,
+                      multiprocessing_context=fork, pin_memory=device.type == "cuda", **order)
 
 
-def resolve_recipe(recipe, data_name, shots, args):
-    """The paper's settings for this dataset and number of shots, with the flags that were given on top."""
+def resolve_recipe(recipe, options, data_name, shots, args):
+    """The paper's settings for these options, dataset and shots, with the flags that were given on top."""
     if not recipe:
         return {}
     recipe = dict(recipe)
+    variants = recipe.pop("variants", {})
+    for key, value in options.items():
+        recipe |= variants.get(f"{key}={value}", {})
     recipe |= recipe.pop("datasets", {}).get(data_name, {})
-    if data_name in data.WORLD:
+    if data_name in data.WORLD and recipe["epochs"]:
         recipe["epochs"] = WORLD_EPOCHS
     elif isinstance(recipe["epochs"], dict):  # by shots: the next lower count decides, all pictures are the most
         counts = [n for n in recipe["epochs"] if n <= shots or not shots]
@@ -325,6 +373,34 @@ def evaluate_again(args):
     print(f"accuracy  {accuracy:.2f} % of {len(bench.test)} test pictures of {bench.name} ({args.load})")
 
 
+@torch.no_grad()
+def show_attention(args):
+    """--attention: the picture as CLIP sees it, the attention map, Otsu's mask, and the object, side by side."""
+    if not args.load:
+        raise UserError("--attention shows what a trained method looks at: name its run with --load.")
+    bench, method, device, dtype = restore(args)
+    if not hasattr(method, "attention"):
+        raise UserError(f"{args.load} is a run of {type(method).__name__}: only those of fgvpl have an attention map.")
+    resolution = method.clip.visual.resolution
+    picture = data.read(args.attention, own=True)
+    with torch.autocast(device.type, dtype, enabled=dtype is not None):
+        maps = method.attention(preprocess(resolution)(picture).unsqueeze(0).to(device))
+    side = math.isqrt(maps[0].shape[1])
+    attention, otsu, region = (values[0].view(side, side).float().nan_to_num(0).cpu() for values in maps)
+    attention = (attention - attention.min()) / (attention.max() - attention.min()).clamp(min=1e-12)
+    seen = transforms.Compose(preprocess(resolution).transforms[:2])(picture).resize((SHOWN, SHOWN))
+    dark = Image.new("RGB", seen.size)
+    sheet = Image.new("RGB", (4 * SHOWN + 3 * 8, SHOWN), "white")
+    panels = [torch.ones(1, 1), 0.1 + 0.9 * attention, otsu, 0.2 + 0.8 * region]  # how much of the picture shows
+    for number, light in enumerate(panels):
+        light = Image.fromarray((255 * light).byte().numpy()).resize(seen.size, Image.Resampling.NEAREST)
+        panel = light if number == 2 else Image.composite(seen, dark, light)
+        sheet.paste(panel, (number * (SHOWN + 8), 0))
+    path = Path(args.load) / f"attention_{Path(args.attention).stem}.png"
+    save(path, lambda image, part: image.save(part, "PNG"), sheet)
+    print(f"saved     {path}: picture, attention map, Otsu's mask, object ({int(region.sum())} of {side**2} patches)")
+
+
 def restore(args):
     """A finished run -> (Benchmark, method with the learned tensors, device, autocast dtype)."""
     path = Path(args.load) / "prompts.pt"
@@ -332,7 +408,8 @@ def restore(args):
         raise UserError(f"{path} does not exist: give --load the folder of a finished run.")
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
-        name, options, shapes = saved["method"], saved["options"], {k: v.shape for k, v in saved["tensors"].items()}
+        name, options, tensors = saved["method"], saved["options"], saved["tensors"]
+        shapes = {key: tensor.shape for key, tensor in tensors.items()}
         known = inspect.signature(METHODS[name]).parameters.keys() >= options.keys()
     except Exception as error:  # any file can stand there
         raise UserError(f"{path} is not a prompt file of train.py ({type(error).__name__}): train again.") from error
@@ -348,13 +425,17 @@ def restore(args):
                         "choose the data of that run.")
     clip = load_clip(args.backbone or saved["backbone"], device)
     method = METHODS[name](clip, bench.classnames, saved["templates"], **options).to(device)
-    parameters = {key: p for key, p in method.named_parameters() if p.requires_grad}
-    if shapes != {key: p.shape for key, p in parameters.items()}:
+    if "labels" in tensors and hasattr(method, "reserve"):
+        method.reserve(len(tensors["labels"]))
+    if shapes != {key: tensor.shape for key, tensor in own_state(method).items()}:
         raise UserError(f"The tensors in {path} do not fit {name} on this backbone: use {saved['backbone']}.")
-    with torch.no_grad():
-        for key, parameter in parameters.items():
-            parameter.copy_(saved["tensors"][key])
+    method.load_state_dict(tensors, strict=False)  # CLIP's own are not in it
     return bench, method, device, dtype
+
+
+def own_state(method):
+    """What a method learned or gathered, by name: all of its state but CLIP's."""
+    return {key: tensor for key, tensor in method.state_dict().items() if not key.startswith("clip.")}
 
 
 def backbone_label(backbone):

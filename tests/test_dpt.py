@@ -114,7 +114,7 @@ def counted(monkeypatch, owner, name):
 
 
 def resolved(method_class, data_name, shots):
-    return train.resolve_recipe(method_class.recipe, data_name, shots, argparse.Namespace(**NO_FLAGS))
+    return train.resolve_recipe(method_class.recipe, {}, data_name, shots, argparse.Namespace(**NO_FLAGS))
 
 
 # ---- The slow literal version: one picture, one class, one key at a time ----
@@ -598,5 +598,5 @@ def test_the_rate_of_the_text_scales_with_the_rate_given(lr, expected, clip, mon
     monkeypatch.setattr(torch.optim, "SGD", Spy)
     monkeypatch.setattr(train, "picture_loader", lambda *_, **__: [(picture(32, 2), torch.arange(2))])
     recipe = resolved(DPT, "dtd", 16) | dict(lr=lr, epochs=1)
-    train.train(make("dpt", clip), SimpleNamespace(train=[]), recipe, torch.device("cpu"), None, 0)
+    train.train(make("dpt", clip), SimpleNamespace(train=[("a.png", 0), ("b.png", 1)]), recipe, torch.device("cpu"), None, 0)
     assert tuple(rates) == pytest.approx(expected) and warmups == [1, None]

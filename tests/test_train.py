@@ -178,11 +178,11 @@ def test_the_rate_is_constant_in_the_warm_up_and_then_falls_without_reaching_zer
 ])
 def test_coop_trains_as_many_epochs_as_its_paper_at_that_number_of_shots(shots, epochs):
     flags = Namespace(epochs=None, lr=None, warmup_epochs=None, batch_size=None)
-    recipe = train.resolve_recipe(CoOp.recipe, "dtd", shots, flags)
+    recipe = train.resolve_recipe(CoOp.recipe, {}, "dtd", shots, flags)
     assert recipe["epochs"] == epochs
     assert (recipe["optimizer"], recipe["lr"], recipe["warmup_epochs"], recipe["batch_size"]) == ("sgd", 0.002, 1, 32)
     assert recipe["crop_scale"] == (0.08, 1.0)
-    assert train.resolve_recipe(CoOp.recipe, "imagenet", shots, flags)["epochs"] == 50
+    assert train.resolve_recipe(CoOp.recipe, {}, "imagenet", shots, flags)["epochs"] == 50
 
 
 def test_variance_is_printed_and_recorded_before_and_after_training(start, tmp_path, capsys):

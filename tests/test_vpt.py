@@ -248,8 +248,9 @@ def test_it_runs_on_the_meta_device(kind, clip):
 
 def test_train_py_has_it_with_the_recipe_of_the_paper():
     assert train.METHODS["vpt"] is VPT
-    recipe = train.resolve_recipe(VPT.recipe, "dtd", 16, NO_FLAGS)
+    recipe = train.resolve_recipe(VPT.recipe, {}, "dtd", 16, NO_FLAGS)
     assert (recipe["lr"], recipe["warmup_epochs"], recipe["batch_size"], recipe["epochs"]) == (0.01, 10, 32, 200)
-    assert [train.resolve_recipe(VPT.recipe, "dtd", shots, NO_FLAGS)["epochs"] for shots in (1, 2, 4)] == [50, 100, 100]
-    imagenet = train.resolve_recipe(VPT.recipe, "imagenet", 16, NO_FLAGS)
+    epochs = [train.resolve_recipe(VPT.recipe, {}, "dtd", shots, NO_FLAGS)["epochs"] for shots in (1, 2, 4)]
+    assert epochs == [50, 100, 100]
+    imagenet = train.resolve_recipe(VPT.recipe, {}, "imagenet", 16, NO_FLAGS)
     assert (imagenet["epochs"], imagenet["warmup_epochs"], imagenet["lr"]) == (50, 1, 0.01)
