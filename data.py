@@ -39,29 +39,26 @@ from PIL import Image, ImageDraw, ImageOps
 from torch.utils.data import Dataset
 from torchvision import transforms as T
 
-from clip_min import MEAN, STD, UserError, download, file_digest
+from clip_min import ASSETS, MEAN, STD, UserError, download, file_digest
 
 
 @dataclass(frozen=True)
 class Source:
-    aliases: tuple[str, ...]    # other names for it; upper case and "-", "_", " " do not matter
-    images: tuple[str, ...]     # image folder under root, CoOp's and torchvision's; the first step is the set's folder
-    split: str                  # CoOp's list, in the set's folder
-    blob: str                   # the list's git blob id
-    archive: str                # url of the pictures
-    md5: str
-    inside: str                 # the image folder in the archive
+    """A row of assets/benchmarks.json."""
+    name: str
+    aliases: list[str]          # other names for it; upper case and "-", "_", " " do not matter
+    images: list[str]           # image folder under root, CoOp's and torchvision's; the first step is the set's folder
+    split: str = ""             # CoOp's list, in the set's folder
+    blob: str = ""              # the list's git blob id
+    archive: str = ""           # url of the pictures
+    md5: str = ""
+    nested: str = ""            # the archive in the archive
+    inside: str = ""            # the folder in the archive that is put into the set's folder
+    by_hand: str = ""           # where no link lives: layout and source
+    template: str = "a photo of a {}."     # CoOp's
 
 
-BENCHMARKS = {
-    "dtd": Source(
-        aliases=("describabletextures", "textures"), images=("dtd/images", "dtd/dtd/images"),
-        split="split_zhou_DescribableTextures.json", blob="8dd197a94b598fa44ee3c9e35c486dd017ab00a7",
-        archive="https://www.robots.ox.ac.uk/~vgg/data/dtd/download/dtd-r1.0.1.tar.gz",
-        md5="fff73e5086ae6bdbea199a49dfb8a4c1", inside="dtd/images",
-    ),
-}
-TEMPLATE, TEMPLATES = ("a photo of a {}.",), {"dtd": ("{} texture.",)}     # CoOp's: the usual one, and others by name
+BENCHMARKS = {row["name"]: Source(**row) for row in json.loads((ASSETS / "benchmarks.json").read_text("utf-8"))}
 SPLITS = "https://raw.githubusercontent.com/linzhiqiu/cross_modal_adaptation/main/splits/"     # CoOp's are on a Drive
 PARTS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
@@ -91,12 +88,17 @@ def load(name_or_folder, root="data", shots=16, seed=1):
     """A Benchmark with `shots` training pictures per class, or all for 0. "dtd" is the benchmark, "./dtd" a folder."""
     if shots < 0:
         raise UserError(f"shots must be 0, for all pictures, or more, found {shots}")
-    name, own = known_name(str(name_or_folder)), False
+    name, own, class_ids = known_name(str(name_or_folder)), False, None
     root, folder = Path(root).expanduser(), Path(name_or_folder).expanduser()
     try:
         if name in BENCHMARKS:
-            folder, split_file = find_benchmark(BENCHMARKS[name], root)
-            split, classnames = read_split(split_file)
+            home, folder = find_images(BENCHMARKS[name], root)
+            if name.startswith("imagenet"):
+                split, classnames, class_ids = read_imagenet(folder, name)
+            elif name == "fgvc_aircraft":
+                split, classnames = read_aircraft(folder)
+            else:
+                split, classnames = read_split(find_split(BENCHMARKS[name], home))
         elif name in WORLD:
             folder = root / name
             if not folder.exists():
@@ -121,9 +123,10 @@ def load(name_or_folder, root="data", shots=16, seed=1):
         rng = random.Random(seed)     # the stream of CoOp's random.seed(seed), leaving the global one alone
         split["train"] = sample(split["train"], shots, rng)
         split["val"] = sample(split["val"], min(shots, 4), rng)
-    templates = TEMPLATE if own else TEMPLATES.get(name, TEMPLATE)
+    templates = (BENCHMARKS[name].template if name in BENCHMARKS and not own else Source.template,)
     readable = [classname.replace("_", " ") for classname in classnames]
-    return Benchmark(name, readable, templates, **find_files(folder, split), folder=folder, own=own)
+    found = find_files(folder, split)
+    return Benchmark(name, readable, templates, **found, folder=folder, own=own, class_ids=class_ids)
 
 
 def known_name(name):
@@ -212,6 +215,38 @@ def read_folders(folder):
     return split, list(names.values())
 
 
+def read_aircraft(folder):
+    """FGVC Aircraft's own lists, beside the image folder. Names have slashes, F/A-18, and are never a path."""
+    classnames, split = (folder.parent / "variants.txt").read_text().split("\n")[:-1], {}
+    for part in "train", "val", "test":
+        lines = (folder.parent / f"images_variant_{part}.txt").read_text().split("\n")[:-1]
+        rows = [line.split(" ", 1) for line in lines]     # 1025794 707-320
+        split[part] = [(f"{image}.jpg", classnames.index(name)) for image, name in rows]
+    return split, classnames
+
+
+def read_imagenet(folder, name):
+    """ImageNet, or one of its shifts, which is test pictures only. -> split, class names, ImageNet's class numbers.
+
+    Class folders are called by wnid, in ImageNetV2 by number; sorted as text, 10 would come before 2. The names are
+    OpenAI's: torchvision's cost accuracy.
+    """
+    lines = (ASSETS / "imagenet_classes.txt").read_text().splitlines()     # n01440764 tench
+    number = {key: i for i, line in enumerate(lines) for key in (line.split(" ", 1)[0], str(i))}
+    split, parts = {"train": [], "val": [], "test": []}, {"train": "train/", "test": "val/"}
+    for part, place in (parts if name == "imagenet" else {"test": ""}).items():
+        classes = class_folders(folder / place)
+        if strangers := sorted(classes.keys() - number.keys()):
+            raise UserError(f"{folder / place / strangers[0]} is not named like a class of ImageNet: move it away")
+        keys = sorted(classes, key=number.get)
+        if part == "test" and split["train"] and keys != train_keys:
+            raise UserError(f"{folder / 'train'} and {folder / 'val'} have different class folders: complete them")
+        train_keys = keys
+        split[part] = [(f"{place}{key}/{file}", label) for label, key in enumerate(keys) for file in classes[key]]
+    class_ids = [number[key] for key in keys]
+    return split, [lines[i].split(" ", 1)[1] for i in class_ids], class_ids
+
+
 def class_folders(folder):
     """-> {class folder: its picture files}, both sorted, since what a disk lists first is chance."""
     def is_picture(entry):
@@ -263,29 +298,47 @@ def find_files(folder, split):
 # ---- Fetching what is not there ----
 
 
-def find_benchmark(source, root):
-    """-> image folder, split file. What is absent is downloaded, checked, and then there as a whole or not at all."""
+def find_images(source, root):
+    """-> the set's folder, its image folder. What is absent is downloaded and then there whole or not at all."""
     places = [(root / home, images) for home, images in (path.split("/", 1) for path in source.images)]
-    if (root / source.split).exists() or root.resolve().name in {home.name for home, _ in places}:
+    is_home = source.split and (root / source.split).exists()
+    if is_home or root.resolve().name in {home.name for home, _ in places}:
         places += [(root, images) for _, images in places]     # root is the data set's own folder
-    home, images = next((place for place in places if Path(*place).is_dir()), places[0])
-    split, folder, archive = home / source.split, home / images, home / source.archive.rsplit("/")[-1]
-    if not split.exists():     # one that is there is the user's choice
-        fetch(SPLITS + source.split, split, "git", source.blob)
-    if not folder.is_dir():
-        if not archive.exists():
-            fetch(source.archive, archive, "md5", source.md5)
-        elif file_digest(archive, "md5") != source.md5:     # put there by hand
-            raise UserError(f"{archive} is not {source.archive} as it should be (md5): remove it, to download it again")
-        with tempfile.TemporaryDirectory(dir=home, prefix=".unpack.") as temporary:
-            try:     # tarfile's filter refuses members that leave the folder; for zip files shutil leaves them out
-                shutil.unpack_archive(archive, temporary, **{} if archive.suffix == ".zip" else {"filter": "data"})
-                if not Path(temporary, source.inside).is_dir():
-                    raise shutil.ReadError(f"no folder {source.inside} in it")
-            except (shutil.ReadError, tarfile.TarError) as error:
-                raise UserError(f"{archive} cannot be unpacked ({error}): remove it, to download it again") from error
-            put_in_place(Path(temporary, source.inside), folder)
-    return folder, split
+
+    def found():
+        return next(((home, home / images) for home, images in places if (home / images).is_dir()), None)
+
+    if found():
+        return found()
+    home = places[0][0]
+    if not source.archive:
+        raise UserError(f"{source.name} is not under {root} and cannot be downloaded: put {source.by_hand} into "
+                        f"{Path(*places[0])}")
+    if source.split:
+        find_split(source, home)     # first, since the archive is of no use without it
+    archive = home / source.archive.rsplit("/")[-1]
+    if not archive.exists():
+        fetch(source.archive, archive, "md5", source.md5)
+    elif source.md5 and file_digest(archive, "md5") != source.md5:     # put there by hand
+        raise UserError(f"{archive} is not {source.archive} as it should be (md5): remove it, to download it again")
+    with tempfile.TemporaryDirectory(dir=home, prefix=".unpack.") as temporary:
+        try:     # tarfile's filter refuses members that leave the folder; of zip files shutil leaves such ones out
+            for packed in [archive] + [Path(temporary, source.nested)] * bool(source.nested):
+                shutil.unpack_archive(packed, temporary, **{} if packed.suffix == ".zip" else {"filter": "data"})
+            if not Path(temporary, source.inside).is_dir():
+                raise shutil.ReadError(f"no folder {source.inside} in it")
+        except (shutil.ReadError, tarfile.TarError) as error:
+            raise UserError(f"{archive} cannot be unpacked ({error}): remove it, to download it again") from error
+        put_in_place(Path(temporary, source.inside), home / Path(source.inside).name)
+    return found()
+
+
+def find_split(source, home):
+    """-> CoOp's list in the set's folder; one that is there is the user's choice, else it is downloaded."""
+    path = home / source.split
+    if not path.exists():
+        fetch(SPLITS + source.split, path, "git", source.blob)
+    return path
 
 
 def fetch(url, path, algorithm, digest):

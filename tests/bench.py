@@ -29,6 +29,7 @@ from torch import nn
 from clip_min import CLIP, tokenize
 from coop import CoOp
 from dpt import DPT, VLP
+from fgvpl import FGVPL
 from upt import UPT
 from vpt import VPT
 
@@ -179,6 +180,14 @@ def upt_step(clips):
     return training_steps(clips, (upt, vlp))
 
 
+def fgvpl_step(clips):
+    """The other side is the frozen tower with one learned token: what rollout, object branch and pathways cost."""
+    fgvpl, plain = FGVPL(clips.ours, NAMES), VPT(clips.ours, NAMES, n_ctx=1, deep=False)
+    fgvpl.reserve(16 * len(NAMES))  # 16 shots; what the cache holds makes no difference to the time
+    fgvpl.keys.copy_(F.normalize(torch.randn_like(fgvpl.keys), dim=-1))
+    return training_steps(clips, (fgvpl, plain))
+
+
 def coop_evaluation(clips, batches=3):
     """Three batches of 32: the official code encodes the text for each, ours once. -> logits."""
     ours, plain = coop_pair(clips)
@@ -226,6 +235,7 @@ CASES = [
     Case("VLP training step", vlp_step, {"ViT-B/32": 2.8}),
     Case("DPT training step", dpt_step, {"ViT-B/32": 2.8}),
     Case("UPT training step against VLP's", upt_step, {"ViT-B/32": 1 / 1.15}, same=False),
+    Case("FG-VPL training step against one token's", fgvpl_step, {"ViT-B/32": 1 / 1.4, "ViT-B/16": 1 / 1.4}, same=False),
     Case("CoOp text tower, forward and backward", text_tower_step, {"ViT-B/32": 10}),  # the same in both backbones
 ]
 TRAIN_BATCH = {"ViT-B/32": 8, "ViT-B/16": 4}
