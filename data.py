@@ -233,15 +233,14 @@ def read_imagenet(folder, name):
     """
     lines = (ASSETS / "imagenet_classes.txt").read_text().splitlines()     # n01440764 tench
     number = {key: i for i, line in enumerate(lines) for key in (line.split(" ", 1)[0], str(i))}
-    split, parts = {"train": [], "val": [], "test": []}, {"train": "train/", "test": "val/"}
-    for part, place in (parts if name == "imagenet" else {"test": ""}).items():
+    split, keys = {"train": [], "val": [], "test": []}, None
+    for part, place in {"train": "train/", "test": "val/"}.items() if name == "imagenet" else [("test", "")]:
         classes = class_folders(folder / place)
         if strangers := sorted(classes.keys() - number.keys()):
             raise UserError(f"{folder / place / strangers[0]} is not named like a class of ImageNet: move it away")
-        keys = sorted(classes, key=number.get)
-        if part == "test" and split["train"] and keys != train_keys:
+        if keys and classes.keys() != set(keys):
             raise UserError(f"{folder / 'train'} and {folder / 'val'} have different class folders: complete them")
-        train_keys = keys
+        keys = sorted(classes, key=number.get)
         split[part] = [(f"{place}{key}/{file}", label) for label, key in enumerate(keys) for file in classes[key]]
     class_ids = [number[key] for key in keys]
     return split, [lines[i].split(" ", 1)[1] for i in class_ids], class_ids

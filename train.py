@@ -8,28 +8,32 @@
     python train.py --set n_ctx=4 class_token_position=middle         # a method's own options: see its file
     python train.py --load runs/shapes/coop/tiny_16shot_seed1         # evaluate a trained prompt again
     python train.py --load RUN --attention cat.jpg                    # what FG-VPL looks at, as a picture
+    python train.py --method upt --data imagenet --eval-on imagenetv2 imagenet_sketch imagenet_a imagenet_r
+    python train.py --summary                                         # all runs as a table and a picture
 
 The papers' protocol: k pictures per class drawn with seeds 1, 2, 3, the model of the last epoch, top-1 on the full
 test set. A run leaves runs/DATA/METHOD/BACKBONE_SHOTSshot_seedS/ with result.json and prompts.pt, the learned tensors.
 """
 
 import argparse
+import csv
 import inspect
 import json
 import math
 import os
+import statistics
 import sys
 import time
 from pathlib import Path
 
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from torch import nn
 from torch.utils.data import DataLoader
 from torchvision import transforms
 
 import data
-from clip_min import UserError, load_clip, preprocess
+from clip_min import ASSETS, UserError, load_clip, preprocess
 from coop import CoOp
 from dpt import CAVPT, DPT, VLP
 from fgvpl import FGVPL
@@ -69,6 +73,8 @@ SHOWN = 336  # pixels, a side of each picture that --attention puts side by side
 # On the embedded world the recipes are the papers' but for this, so that a run takes seconds.
 WORLD_EPOCHS = 50
 
+FLAGS = ("epochs", "lr", "warmup_epochs", "batch_size")  # they override the recipe
+
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -89,18 +95,24 @@ def main(argv=None):
     parser.add_argument("--workers", type=int, help="processes that read pictures (default: 0 on a CPU, else up to 8)")
     parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="key=value",
                         help="options of the method")
+    parser.add_argument("--eval-on", nargs="+", default=[], metavar="DATA", help="test the run on these, too: shifted "
+                        "data of the same classes, such as imagenetv2 imagenet_sketch imagenet_a imagenet_r")
     parser.add_argument("--out", default="runs", help="where runs are saved (default: runs)")
     parser.add_argument("--variance", action="store_true", help="also UPT's Appendix A: the variance of image features "
                         "within and of text features between the classes, before and after training")
     parser.add_argument("--load", metavar="RUN", help="evaluate the prompts of a finished run instead of training")
     parser.add_argument("--attention", metavar="IMAGE", help="with --load: write what the method looks at in a picture")
+    parser.add_argument("--summary", action="store_true", help="print a table of all runs under --out, mean and "
+                        "standard deviation over seeds, and draw accuracy over shots as --out/summary.png")
     args = parser.parse_args(argv)
     try:
         for flag, least in dict(epochs=1, lr=1e-30, batch_size=1, warmup_epochs=0, workers=0, shots=0).items():
             if (given := getattr(args, flag)) is not None and not given >= least:
                 allowed = "above 0" if least else "0 or more"
                 raise UserError(f"--{flag.replace('_', '-')} is {given}: it must be {allowed}.")
-        if args.attention:
+        if args.summary:
+            summarise(Path(args.out))
+        elif args.attention:
             show_attention(args)
         elif args.load:
             evaluate_again(args)
@@ -125,9 +137,18 @@ def run(args, seed):
     device, dtype = choose_device(args.device, args.precision)
     shots = 16 if args.shots is None else args.shots
     bench = data.load(args.data or "shapes", args.root, shots, seed)
+    targets = load_targets(args, bench)
+    if not bench.train and method_class.recipe:
+        raise UserError(f"{bench.name} has test pictures only: train on other data, with --eval-on {bench.name}.")
     backbone = args.backbone or ("tiny" if bench.name in data.WORLD and not bench.own else "ViT-B/16")
     recipe = resolve_recipe(method_class.recipe, options, None if bench.own else bench.name, shots, args)
+    setting = given_setting(method_class, options, args)
     options, templates = recipe.pop("options", {}) | options, recipe.pop("templates", bench.templates)
+    file = Path(backbone).expanduser()
+    saved = dict(method=name, options=options, setting=setting, shots=shots, seed=seed, precision=args.precision,
+                 data=str(bench.folder.resolve()) if bench.own else bench.name,
+                 backbone=str(file.resolve()) if file.is_file() else backbone,
+                 classnames=list(bench.classnames), templates=list(templates))
     clip = load_clip(backbone, device)
     folder = Path(args.out) / bench.name / name / f"{backbone_label(backbone)}_{shots}shot_seed{seed}"
     make_folder(Path(args.out))  # now, so that a place that cannot be written to does not cost a training
@@ -146,11 +167,11 @@ def run(args, seed):
     trainable = sum(p.numel() for p in method.parameters() if p.requires_grad)
     print(f"prompts   {' | '.join(method.prompts[:3])}   ({trainable:,} numbers to learn)")
 
-    test_loader = picture_loader(bench, bench.test, preprocess(clip.visual.resolution), 100, device, args.workers)
+    pictures = test_loader(bench, clip, device, args.workers)
     zero_shot = ZeroShot(clip, bench.classnames, templates)
-    zero_shot_accuracy = accuracy = evaluate(zero_shot, test_loader, device, dtype)
+    zero_shot_accuracy = accuracy = evaluate(zero_shot, pictures, device, dtype)
     print(f"zero-shot {zero_shot_accuracy:.2f} %")
-    spread = {"before": variance(zero_shot, test_loader, device, dtype)} if args.variance else {}
+    spread = {"before": variance(zero_shot, pictures, device, dtype)} if args.variance else {}
     began = time.time()
     if cached:
         prepare(method, bench, recipe, device, dtype, args.workers)
@@ -158,30 +179,30 @@ def run(args, seed):
         final_loss = train(method, bench, recipe, device, dtype, args.workers)
     seconds_training = time.time() - began
     if cached or trainable:
-        accuracy = evaluate(method, test_loader, device, dtype)
+        accuracy = evaluate(method, pictures, device, dtype)
     if trainable:
         chance = math.log(len(bench.classnames))
         if accuracy < zero_shot_accuracy or abs(final_loss - chance) < 0.03 * chance:
             print(f"warning: training ended at loss {final_loss:.3f} (chance is ln K = {chance:.3f}) and "
                   f"{accuracy:.2f} % (zero-shot {zero_shot_accuracy:.2f} %): if it collapsed, try a smaller --lr.")
-    print(f"accuracy  {accuracy:.2f} % of {len(bench.test)} test pictures after the last epoch")
+    papers = published(saved, bench.name)
+    print(f"accuracy  {accuracy:.2f} % of {len(bench.test)} test pictures after the last epoch{quoted(papers)}")
+    shifts = evaluate_shifts(method, saved, bench, targets, accuracy, device, dtype, args.workers)
     if args.variance:
-        spread["after"] = variance(method, test_loader, device, dtype)
+        spread["after"] = variance(method, pictures, device, dtype)
         for when, values in spread.items():
             print(f"variance  {when} training: {', '.join(f'{key} {value:.4f}' for key, value in values.items())}")
 
-    file = Path(backbone).expanduser()
-    save(folder / "prompts.pt", torch.save, dict(
-        method=name, options=options, data=str(bench.folder.resolve()) if bench.own else bench.name, shots=shots,
-        seed=seed, backbone=str(file.resolve()) if file.is_file() else backbone, precision=args.precision,
-        classnames=list(bench.classnames), templates=list(templates),
-        tensors={key: tensor.cpu() for key, tensor in own_state(method).items()}))
+    tensors = {key: tensor.cpu() for key, tensor in own_state(method).items()}
+    save(folder / "prompts.pt", torch.save, saved | dict(tensors=tensors))
     save(folder / "result.json", write_json, dict(
         method=name, data=bench.name, backbone=backbone, shots=shots, seed=seed, classes=len(bench.classnames),
         train_images=len(bench.train), test_images=len(bench.test), zero_shot=round(zero_shot_accuracy, 4),
-        accuracy=round(accuracy, 4), published=None, published_source=None, shifts={}, trainable_parameters=trainable,
+        accuracy=round(accuracy, 4), published=papers[0][0] if papers else None,
+        published_source=papers[0][1] if papers else None, shifts=shifts, trainable_parameters=trainable,
         seconds_training=round(seconds_training, 2), seconds_total=round(time.time() - started, 2),
-        epochs=recipe.get("epochs", 0), recipe=recipe, options=options, picks=bench.picks, torch=torch.__version__,
+        epochs=recipe.get("epochs", 0), recipe=recipe, options=options, setting=setting, picks=bench.picks,
+        torch=torch.__version__,
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         **({"variance": spread} if spread else {})))
     print(f"saved     {folder}")
@@ -273,15 +294,17 @@ def learning_rate(base, epoch, epochs, warmup):
 
 
 @torch.no_grad()
-def evaluate(method, loader, device, dtype):
-    """-> top-1 accuracy in percent of all pictures (micro average). The text features are computed once."""
+def evaluate(method, loader, device, dtype, columns=None):
+    """-> top-1 accuracy in percent of all pictures (micro average), of all classes or the columns given."""
     method.eval()
     correct = torch.zeros((), dtype=torch.long, device=device)
     with torch.autocast(device.type, dtype, enabled=dtype is not None):
-        text = method.encode_text()
+        text = method.encode_text()  # once
         for images, labels in loader:
             images, labels = (x.to(device, non_blocking=True) for x in (images, labels))
-            correct += (method(images, text).argmax(dim=-1) == labels).sum()
+            logits = method(images, text)
+            logits = logits if columns is None else logits[:, columns]
+            correct += (logits.argmax(dim=-1) == labels).sum()
     return 100 * correct.item() / len(loader.dataset)
 
 
@@ -295,6 +318,75 @@ def variance(method, loader, device, dtype):
     images, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
     return {"image_within_classes": intra_class_variance(images, labels.to(device)).item(),
             "text_between_classes": inter_class_variance(text).item()}
+
+
+def load_targets(args, bench):
+    """--eval-on -> Benchmarks whose classes are bench's or some of them."""
+    targets = [data.load(name, args.root, 0) for name in args.eval_on]
+    for target in targets:
+        known = {None, *(bench.class_ids or [])}
+        if target.classnames != bench.classnames and not known.issuperset(target.class_ids or [-1]):
+            raise UserError(f"The classes of {target.name} are not those of {bench.name}: give --eval-on shifted data "
+                            "of the same classes.")
+    return targets
+
+
+def transferred(method, saved, bench, target):
+    """A trained method for the target's classes -> (method, columns of its logits that are meant, None for all).
+
+    Prompts are rebuilt around the target's class names, and what only training used, CAVPT's classifier, is dropped.
+    What is tied to the training classes, FG-VPL's cache and contexts per class, stays whole and is read in part.
+    """
+    if target.classnames == bench.classnames:
+        return method, None
+    if getattr(method, "has_cache", False) or saved["options"].get("csc"):
+        return method, [bench.class_ids.index(i) for i in target.class_ids]
+    rebuilt = type(method)(method.clip, target.classnames, saved["templates"], **saved["options"])
+    rebuilt.load_state_dict({k: v for k, v in own_state(method).items() if "aux_classifier" not in k}, strict=False)
+    return rebuilt, None
+
+
+def evaluate_shifts(method, saved, bench, targets, accuracy, device, dtype, workers):
+    """--eval-on: UPT's Table 1 and DPT's Table III -> {data set: accuracy}. accuracy: the source's."""
+    shifts = {}
+    for target in targets:
+        model, columns = transferred(method, saved, bench, target)
+        pictures = test_loader(target, method.clip, device, workers)
+        shifts[target.name] = round(evaluate(model, pictures, device, dtype, columns), 4)
+        papers = quoted(published(saved, target.name))
+        print(f"shift     {shifts[target.name]:.2f} % of {len(target.test)} test pictures of {target.name}{papers}")
+    if shifts:
+        print(f"average   {statistics.mean([accuracy, *shifts.values()]):.2f} % with {bench.name}, "
+              f"{statistics.mean(shifts.values()):.2f} % of the shifted alone (OOD average)")
+    return shifts
+
+
+def given_setting(method_class, options, args):
+    """What the command line changes of the paper's setting, spelled as in assets/published.csv."""
+    parameters = inspect.signature(method_class).parameters
+    changed = {key: value for key, value in options.items() if value != parameters[key].default}
+    if method_class.recipe:
+        changed |= {key: given for key in FLAGS if (given := getattr(args, key)) is not None}
+    return {key: f"{value:g}" if isinstance(value, float) else str(value).lower() for key, value in changed.items()}
+
+
+def published(run, data_name):
+    """What the papers report for exactly this run: [(accuracy, "DPT, Table II"), ...], most often one or none."""
+    wanted = (run["method"], run["backbone"], "0" if run["method"] == "zeroshot" else str(run["shots"]), data_name)
+    with (ASSETS / "published.csv").open(newline="") as file:
+        rows = [row for row in csv.DictReader(file)
+                if tuple(row[key] for key in ("method", "backbone", "shots", "dataset")) == wanted]
+    return [(float(row["accuracy"]), f"{row['paper']}, {row['table']}") for row in rows
+            if dict(pair.split("=", 1) for pair in row["options"].split(";") if pair) == run["setting"]]
+
+
+def quoted(papers):
+    return f"  ({'; '.join(f'{source}: {value:.2f}' for value, source in papers)})" if papers else ""
+
+
+def test_loader(bench, clip, device, workers):
+    """Batches of (images, labels) of the full test set."""
+    return picture_loader(bench, bench.test, preprocess(clip.visual.resolution), 100, device, workers)
 
 
 def picture_loader(bench, items, transform, batch_size, device, workers, keep=False, **order):
@@ -323,8 +415,7 @@ def resolve_recipe(recipe, options, data_name, shots, args):
     elif isinstance(recipe["epochs"], dict):  # by shots: the next lower count decides, all pictures are the most
         counts = [n for n in recipe["epochs"] if n <= shots or not shots]
         recipe["epochs"] = recipe["epochs"][max(counts)]
-    flags = ("epochs", "lr", "warmup_epochs", "batch_size")
-    return recipe | {key: given for key in flags if (given := getattr(args, key)) is not None}
+    return recipe | {key: given for key in FLAGS if (given := getattr(args, key)) is not None}
 
 
 def parse_options(method_class, pairs, name):
@@ -367,10 +458,11 @@ def choose_device(device, precision):
 
 def evaluate_again(args):
     """--load: the saved prompts on the full test set again. The data come from --root, the rest from the run."""
-    bench, method, device, dtype = restore(args)
-    loader = picture_loader(bench, bench.test, preprocess(method.clip.visual.resolution), 100, device, args.workers)
-    accuracy = evaluate(method, loader, device, dtype)
+    bench, method, saved, device, dtype = restore(args)
+    targets = load_targets(args, bench)
+    accuracy = evaluate(method, test_loader(bench, method.clip, device, args.workers), device, dtype)
     print(f"accuracy  {accuracy:.2f} % of {len(bench.test)} test pictures of {bench.name} ({args.load})")
+    evaluate_shifts(method, saved, bench, targets, accuracy, device, dtype, args.workers)
 
 
 @torch.no_grad()
@@ -378,7 +470,7 @@ def show_attention(args):
     """--attention: the picture as CLIP sees it, the attention map, Otsu's mask, and the object, side by side."""
     if not args.load:
         raise UserError("--attention shows what a trained method looks at: name its run with --load.")
-    bench, method, device, dtype = restore(args)
+    _, method, _, device, dtype = restore(args)
     if not hasattr(method, "attention"):
         raise UserError(f"{args.load} is a run of {type(method).__name__}: only those of fgvpl have an attention map.")
     resolution = method.clip.visual.resolution
@@ -402,7 +494,7 @@ def show_attention(args):
 
 
 def restore(args):
-    """A finished run -> (Benchmark, method with the learned tensors, device, autocast dtype)."""
+    """A finished run -> (Benchmark, method with the learned tensors, prompts.pt, device, autocast dtype)."""
     path = Path(args.load) / "prompts.pt"
     if not path.is_file():
         raise UserError(f"{path} does not exist: give --load the folder of a finished run.")
@@ -430,12 +522,94 @@ def restore(args):
     if shapes != {key: tensor.shape for key, tensor in own_state(method).items()}:
         raise UserError(f"The tensors in {path} do not fit {name} on this backbone: use {saved['backbone']}.")
     method.load_state_dict(tensors, strict=False)  # CLIP's own are not in it
-    return bench, method, device, dtype
+    return bench, method, saved, device, dtype
 
 
 def own_state(method):
     """What a method learned or gathered, by name: all of its state but CLIP's."""
     return {key: tensor for key, tensor in method.state_dict().items() if not key.startswith("clip.")}
+
+
+def summarise(out):
+    """--summary: the runs under `out` as a Markdown table, and their accuracy over shots as a picture."""
+    runs = [json.loads(path.read_text()) for path in sorted(out.rglob("result.json"))]
+    if not runs:
+        raise UserError(f"There is no result.json under {out}: train something first, or give its --out.")
+    rows, papers = {}, {}  # (method, backbone, shots) -> data set -> accuracies of the seeds, or of the papers
+    zero_shot = {}  # (method, backbone, data set) -> accuracy; FG-VPL's templates are its own
+    for run in runs:
+        label = " ".join([run["method"], *(f"{key}={value}" for key, value in run["setting"].items())])
+        key = label, run["backbone"], run["shots"]
+        zero_shot[label, run["backbone"], run["data"]] = run["zero_shot"]
+        for name, accuracy in {run["data"]: run["accuracy"], **run["shifts"]}.items():
+            rows.setdefault(key, {}).setdefault(name, []).append(accuracy)
+            papers.setdefault(key, {})[name] = [value for value, _ in published(run, name)]
+    sets = sorted({run["data"] for run in runs})
+    names = sets + sorted({name for row in rows.values() for name in row} - set(sets))
+
+    def cell(values, paper):
+        beside = "".join(f"; paper {value:.2f}" for value in paper[:1])
+        return f"{statistics.mean(values):.2f} ± {statistics.pstdev(values):.2f} ({len(values)}{beside})"
+
+    print("Accuracy in percent, mean ± standard deviation (number of seeds; the paper's)\n")
+    print(f"| method | backbone | shots | {' | '.join(names)} | average of {len(sets)} |")
+    print("|---" * (len(names) + 4) + "|")
+    curves, averages = {name: {} for name in sets}, {}  # data set -> method -> shots -> accuracy
+    for (label, backbone, shots), row in sorted(rows.items()):
+        cells = [cell(row[name], papers[label, backbone, shots][name]) if name in row else "" for name in names]
+        means = {name: statistics.mean(row[name]) for name in sets if name in row}
+        for name, mean in means.items():
+            curve = curves[name].setdefault(f"{label}, {backbone}", {0: zero_shot[label, backbone, name]})
+            curve[shots or math.inf] = mean
+        average = ""
+        if len(means) == len(sets):
+            average = f"{statistics.mean(means.values()):.2f}"
+            averages.setdefault(f"{label}, {backbone}", {})[shots or math.inf] = float(average)
+        print(f"| {label} | {backbone} | {shots or 'all'} | {' | '.join(cells)} | {average} |")
+    if averages and len(sets) > 1:
+        curves = {f"average of {len(sets)}": averages} | curves
+    save(out / "summary.png", lambda image, part: image.save(part, "PNG"), draw_curves(curves))
+    print(f"saved     {out / 'summary.png'}", file=sys.stderr)
+
+
+def draw_curves(curves):
+    """{data set: {label: {shots: accuracy}}} -> picture, a panel for each set, as Fig. 4 of UPT, DPT and FG-VPL."""
+    labels = sorted({label for panel in curves.values() for label in panel})
+    ticks = sorted({shots for panel in curves.values() for curve in panel.values() for shots in curve})
+    colours = {label: f"hsl({360 * i // len(labels)}, 75%, 42%)" for i, label in enumerate(labels)}
+    width, height, columns = 420, 300, min(len(curves), 4)
+    bottom = -(-len(curves) // columns) * height
+    image = Image.new("RGB", (columns * width, bottom + 20 * len(labels) + 20), "white")
+    pen, font = ImageDraw.Draw(image), ImageFont.load_default(13)
+
+    def draw_panel(x, y, name, panel):
+        values = [value for curve in panel.values() for value in curve.values()]
+        low, high = math.floor(min(values) / 5) * 5, math.floor(max(values) / 5) * 5 + 5
+
+        def place(shots, value):
+            return (x + 50 + (width - 70) * (ticks.index(shots) + 0.5) / len(ticks),
+                    y + 230 - 200 * (value - low) / (high - low))
+
+        pen.text((x + width / 2, y + 14), name, "black", font, anchor="mm")
+        pen.text((x + width / 2, y + 265), "labelled pictures per class", "black", font, anchor="mm")
+        for value in range(low, high + 1, 5 if high - low <= 40 else 10):
+            level = place(0, value)[1]
+            pen.line((x + 50, level, x + width - 20, level), "lightgrey")
+            pen.text((x + 44, level), str(value), "black", font, anchor="rm")
+        for shots in ticks:
+            pen.text((place(shots, 0)[0], y + 245), f"{shots:g}".replace("inf", "all"), "black", font, anchor="mm")
+        for label, curve in panel.items():
+            points = [place(shots, curve[shots]) for shots in sorted(curve)]
+            pen.line(points, colours[label], 2)
+            for u, v in points:
+                pen.ellipse((u - 3, v - 3, u + 3, v + 3), colours[label])
+
+    for number, (name, panel) in enumerate(curves.items()):
+        draw_panel(number % columns * width, number // columns * height, name, panel)
+    for i, label in enumerate(labels):
+        pen.line((50, bottom + 20 * i + 10, 80, bottom + 20 * i + 10), colours[label], 3)
+        pen.text((90, bottom + 20 * i + 10), label, "black", font, anchor="lm")
+    return image
 
 
 def backbone_label(backbone):
