@@ -142,10 +142,9 @@ def run(args, seed):
         raise UserError(f"{bench.name} has test pictures only: train on other data, with --eval-on {bench.name}.")
     backbone = args.backbone or ("tiny" if bench.name in data.WORLD and not bench.own else "ViT-B/16")
     recipe = resolve_recipe(method_class.recipe, options, None if bench.own else bench.name, shots, args)
-    setting = given_setting(method_class, options, args)
     options, templates = recipe.pop("options", {}) | options, recipe.pop("templates", bench.templates)
     file = Path(backbone).expanduser()
-    saved = dict(method=name, options=options, setting=setting, shots=shots, seed=seed, precision=args.precision,
+    saved = dict(method=name, options=options, recipe=recipe, shots=shots, seed=seed, precision=args.precision,
                  data=str(bench.folder.resolve()) if bench.own else bench.name,
                  backbone=str(file.resolve()) if file.is_file() else backbone,
                  classnames=list(bench.classnames), templates=list(templates))
@@ -185,7 +184,7 @@ def run(args, seed):
         if accuracy < zero_shot_accuracy or abs(final_loss - chance) < 0.03 * chance:
             print(f"warning: training ended at loss {final_loss:.3f} (chance is ln K = {chance:.3f}) and "
                   f"{accuracy:.2f} % (zero-shot {zero_shot_accuracy:.2f} %): if it collapsed, try a smaller --lr.")
-    papers = published(saved, bench.name)
+    papers = published(saved, saved["data"])
     print(f"accuracy  {accuracy:.2f} % of {len(bench.test)} test pictures after the last epoch{quoted(papers)}")
     shifts = evaluate_shifts(method, saved, bench, targets, accuracy, device, dtype, args.workers)
     if args.variance:
@@ -201,8 +200,7 @@ def run(args, seed):
         accuracy=round(accuracy, 4), published=papers[0][0] if papers else None,
         published_source=papers[0][1] if papers else None, shifts=shifts, trainable_parameters=trainable,
         seconds_training=round(seconds_training, 2), seconds_total=round(time.time() - started, 2),
-        epochs=recipe.get("epochs", 0), recipe=recipe, options=options, setting=setting, picks=bench.picks,
-        torch=torch.__version__,
+        epochs=recipe.get("epochs", 0), recipe=recipe, options=options, picks=bench.picks, torch=torch.__version__,
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         **({"variance": spread} if spread else {})))
     print(f"saved     {folder}")
@@ -361,23 +359,29 @@ def evaluate_shifts(method, saved, bench, targets, accuracy, device, dtype, work
     return shifts
 
 
-def given_setting(method_class, options, args):
-    """What the command line changes of the paper's setting, spelled as in assets/published.csv."""
-    parameters = inspect.signature(method_class).parameters
-    changed = {key: value for key, value in options.items() if value != parameters[key].default}
-    if method_class.recipe:
-        changed |= {key: given for key in FLAGS if (given := getattr(args, key)) is not None}
-    return {key: f"{value:g}" if isinstance(value, float) else str(value).lower() for key, value in changed.items()}
+def settings(run):
+    """A run's options and flags, and what they are by default on its data, both spelled as in assets/published.csv."""
+    recipe = resolve_recipe(METHODS[run["method"]].recipe, run["options"], run["data"], run["shots"])
+    parameters = inspect.signature(METHODS[run["method"]]).parameters.values()
+    default = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY} | recipe.pop("options", {})
+    default |= {key: recipe[key] for key in FLAGS if key in recipe}
+
+    def spelled(values):
+        return {key: f"{value:g}" if isinstance(value, float) else str(value).lower() for key, value in values.items()}
+
+    own = run["options"] | run["recipe"]
+    return spelled({key: own.get(key, value) for key, value in default.items()}), spelled(default)
 
 
 def published(run, data_name):
     """What the papers report for exactly this run: [(accuracy, "DPT, Table II"), ...], most often one or none."""
     wanted = (run["method"], run["backbone"], "0" if run["method"] == "zeroshot" else str(run["shots"]), data_name)
+    setting, default = settings(run)
     with (ASSETS / "published.csv").open(newline="") as file:
         rows = [row for row in csv.DictReader(file)
                 if tuple(row[key] for key in ("method", "backbone", "shots", "dataset")) == wanted]
     return [(float(row["accuracy"]), f"{row['paper']}, {row['table']}") for row in rows
-            if dict(pair.split("=", 1) for pair in row["options"].split(";") if pair) == run["setting"]]
+            if default | dict(pair.split("=", 1) for pair in row["options"].split(";") if pair) == setting]
 
 
 def quoted(papers):
@@ -401,7 +405,7 @@ def picture_loader(bench, items, transform, batch_size, device, workers, keep=Fa
                       multiprocessing_context=fork, pin_memory=device.type == "cuda", **order)
 
 
-def resolve_recipe(recipe, options, data_name, shots, args):
+def resolve_recipe(recipe, options, data_name, shots, args=None):
     """The paper's settings for these options, dataset and shots, with the flags that were given on top."""
     if not recipe:
         return {}
@@ -415,7 +419,7 @@ def resolve_recipe(recipe, options, data_name, shots, args):
     elif isinstance(recipe["epochs"], dict):  # by shots: the next lower count decides, all pictures are the most
         counts = [n for n in recipe["epochs"] if n <= shots or not shots]
         recipe["epochs"] = recipe["epochs"][max(counts)]
-    return recipe | {key: given for key in FLAGS if (given := getattr(args, key)) is not None}
+    return recipe | {key: given for key in FLAGS if (given := getattr(args, key, None)) is not None}
 
 
 def parse_options(method_class, pairs, name):
@@ -538,12 +542,13 @@ def summarise(out):
     rows, papers = {}, {}  # (method, backbone, shots) -> data set -> accuracies of the seeds, or of the papers
     zero_shot = {}  # (method, backbone, data set) -> accuracy; FG-VPL's templates are its own
     for run in runs:
-        label = " ".join([run["method"], *(f"{key}={value}" for key, value in run["setting"].items())])
+        setting, default = settings(run)
+        label = " ".join([run["method"], *(f"{key}={setting[key]}" for key in setting if setting[key] != default[key])])
         key = label, run["backbone"], run["shots"]
         zero_shot[label, run["backbone"], run["data"]] = run["zero_shot"]
         for name, accuracy in {run["data"]: run["accuracy"], **run["shifts"]}.items():
             rows.setdefault(key, {}).setdefault(name, []).append(accuracy)
-            papers.setdefault(key, {})[name] = [value for value, _ in published(run, name)]
+            papers.setdefault(key, {})[name] = [value for value, _ in published(run, name)] if run["published"] else []
     sets = sorted({run["data"] for run in runs})
     names = sets + sorted({name for row in rows.values() for name in row} - set(sets))
 
