@@ -27,7 +27,6 @@ import random
 import re
 import shutil
 import sys
-import tarfile
 import tempfile
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -48,6 +47,7 @@ class Source:
     name: str
     aliases: list[str]          # other names for it; upper case and "-", "_", " " do not matter
     images: list[str]           # image folder under root, CoOp's and torchvision's; the first step is the set's folder
+    holds: str = ""             # a folder in the image folder, where that is the set's folder itself
     split: str = ""             # CoOp's list, in the set's folder
     blob: str = ""              # the list's git blob id
     archive: str = ""           # url of the pictures
@@ -217,11 +217,15 @@ def read_folders(folder):
 
 def read_aircraft(folder):
     """FGVC Aircraft's own lists, beside the image folder. Names have slashes, F/A-18, and are never a path."""
-    classnames, split = (folder.parent / "variants.txt").read_text().split("\n")[:-1], {}
+    split, classnames = {}, (folder.parent / "variants.txt").read_text("utf-8").split("\n")
+    classnames = [name for name in classnames if name]
     for part in "train", "val", "test":
-        lines = (folder.parent / f"images_variant_{part}.txt").read_text().split("\n")[:-1]
-        rows = [line.split(" ", 1) for line in lines]     # 1025794 707-320
-        split[part] = [(f"{image}.jpg", classnames.index(name)) for image, name in rows]
+        file, split[part] = folder.parent / f"images_variant_{part}.txt", []
+        for line in filter(None, file.read_text("utf-8").split("\n")):
+            image, _, name = line.partition(" ")     # 1025794 707-320
+            if name not in classnames:
+                raise UserError(f"{file} has the line {line!r}, which ends with no line of variants.txt: mend it")
+            split[part].append((f"{image}.jpg", classnames.index(name)))
     return split, classnames
 
 
@@ -301,32 +305,36 @@ def find_images(source, root):
     """-> the set's folder, its image folder. What is absent is downloaded and then there whole or not at all."""
     places = [(root / home, images) for home, images in (path.split("/", 1) for path in source.images)]
     is_home = source.split and (root / source.split).exists()
-    if is_home or root.resolve().name in {home.name for home, _ in places}:
-        places += [(root, images) for _, images in places]     # root is the data set's own folder
+    if is_home or {root.absolute().name, root.resolve().name} & {home.name for home, _ in places}:
+        places = [(root, images) for _, images in places] + places     # root is the data set's own folder
 
     def found():
-        return next(((home, home / images) for home, images in places if (home / images).is_dir()), None)
+        return next(((home, home / images) for home, images in places if (home / images / source.holds).is_dir()), None)
 
     if found():
         return found()
     home = places[0][0]
     if not source.archive:
-        raise UserError(f"{source.name} is not under {root} and cannot be downloaded: put {source.by_hand} into "
-                        f"{Path(*places[0])}")
+        raise UserError(f"{source.name} is not under {root} and cannot be downloaded: put its pictures into "
+                        f"{Path(*places[0])}: {source.by_hand}")
     if source.split:
         find_split(source, home)     # first, since the archive is of no use without it
     archive = home / source.archive.rsplit("/")[-1]
     if not archive.exists():
         fetch(source.archive, archive, "md5", source.md5)
-    elif source.md5 and file_digest(archive, "md5") != source.md5:     # put there by hand
+    elif file_digest(archive, "md5") != source.md5:     # put there by hand
         raise UserError(f"{archive} is not {source.archive} as it should be (md5): remove it, to download it again")
     with tempfile.TemporaryDirectory(dir=home, prefix=".unpack.") as temporary:
         try:     # tarfile's filter refuses members that leave the folder; of zip files shutil leaves such ones out
             for packed in [archive] + [Path(temporary, source.nested)] * bool(source.nested):
+                if not packed.is_file():
+                    raise shutil.ReadError(f"no {source.nested} in it")
                 shutil.unpack_archive(packed, temporary, **{} if packed.suffix == ".zip" else {"filter": "data"})
             if not Path(temporary, source.inside).is_dir():
                 raise shutil.ReadError(f"no folder {source.inside} in it")
-        except (shutil.ReadError, tarfile.TarError) as error:
+        except Exception as error:     # of a broken archive, of many kinds; those of the disk have a number
+            if getattr(error, "errno", None):
+                raise
             raise UserError(f"{archive} cannot be unpacked ({error}): remove it, to download it again") from error
         put_in_place(Path(temporary, source.inside), home / Path(source.inside).name)
     return found()

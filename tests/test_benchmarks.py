@@ -189,7 +189,7 @@ class Host(Server):
 
     def left(self, name):
         """What a failed load leaves to the next: whole downloads, nothing else."""
-        return {ARCHIVE[name]} | {file for file in (SPLIT.get(name),) if file}
+        return {ARCHIVE[name], *([SPLIT[name]] if name in SPLIT else [])}
 
 
 @pytest.fixture
@@ -279,7 +279,7 @@ def test_ucfs_capital_letters_are_as_in_the_list_or_said(tmp_path, capsys):
     ("oxford_pets", "https://www.robots.ox.ac.uk/~vgg/data/pets/data/", "5c4f3ee8e5d25df40f4fd59a7f44e54c"),
     ("oxford_flowers", "https://www.robots.ox.ac.uk/~vgg/data/flowers/102/", "52808999861908f626f3c1f4e79d11fa"),
     ("food101", "http://data.vision.ee.ethz.ch/cvl/", "85eeb15f3717b99a5da872d97d918f87"),
-    ("fgvc_aircraft", "https://www.robots.ox.ac.uk/~vgg/data/fgvc-aircraft/archives/", ""),
+    ("fgvc_aircraft", "https://www.robots.ox.ac.uk/~vgg/data/fgvc-aircraft/archives/", "d4acdd33327262359767eeaa97a4f732"),
     ("dtd", "https://www.robots.ox.ac.uk/~vgg/data/dtd/download/", "fff73e5086ae6bdbea199a49dfb8a4c1"),
     ("eurosat", "https://huggingface.co/datasets/torchgeo/eurosat/resolve/c877bcd43f099cd0196738f714544e355477f3fd/",
      "c8fa014336c82ac7804f0398fcb19387"),
@@ -393,7 +393,7 @@ def test_a_broken_archive_in_caltechs_archive_is_named_and_can_be_mended(host, s
     lambda whole: whole[: len(whole) // 2] + bytes(len(whole) // 2), lambda whole: tgz({"other/x.jpg": b""}),
 ], ids=["empty", "text", "cut", "zeros", "other folders"])
 def test_a_broken_archive_of_aircraft_is_named_and_can_be_mended(host, spoil):
-    """Put there by hand; torchvision knows no md5 of it."""
+    """Put there by hand."""
     whole, archive = archive_of("fgvc_aircraft"), host.home("fgvc_aircraft") / ARCHIVE["fgvc_aircraft"]
     host.offer("fgvc_aircraft", whole)
     touch(archive.parent, archive.name)
@@ -577,7 +577,7 @@ def test_imagenets_train_and_val_need_the_same_classes(tmp_path, keys):
 @pytest.mark.parametrize("part", ["train", "val"])
 def test_a_missing_part_of_imagenet_is_named(tmp_path, part):
     lay(tmp_path / "imagenet" / ("val" if part == "train" else "train"), WNIDS)
-    with fails(tmp_path / "imagenet" / part):
+    with fails(tmp_path / "imagenet", part):
         data.load("imagenet", tmp_path)
 
 
@@ -620,10 +620,10 @@ RENDITIONS = [(1, "n01443537", "goldfish"), (26, "n01630670", "smooth newt"), (2
 @pytest.mark.parametrize("name, facts", [("imagenet_a", ADVERSARIAL), ("imagenet_r", RENDITIONS)])
 def test_imagenet_a_and_r_number_their_own_classes(tmp_path, name, facts):
     """Labels are 0 to 199 in the order of the folders, class_ids the places among ImageNet's 1000."""
-    others = [line.split(" ")[0] for line in (ASSETS / "imagenet_classes.txt").read_text().splitlines()]
+    wnids = [line.split(" ")[0] for line in (ASSETS / "imagenet_classes.txt").read_text().splitlines()]
     known = {number for number, _, _ in facts}
     chosen = sorted({*known, *[i for i in range(facts[0][0], 900) if i not in known][: 200 - len(known)]})
-    lay(tmp_path / SHIFTS[name], [others[i] for i in chosen], ["x.jpg"])
+    lay(tmp_path / SHIFTS[name], [wnids[i] for i in chosen], ["x.jpg"])
     benchmark = data.load(name, tmp_path)
     assert benchmark.class_ids == chosen and len(benchmark.classnames) == 200
     assert [label for _, label in benchmark.test] == list(range(200))
@@ -679,9 +679,9 @@ def eurosat(tmp_path_factory):
 def test_the_lists_have_the_sizes_of_the_papers(tmp_path, monkeypatch, capsys, name):
     """And 16 pictures of each class to train, 4 to validate. Whether the files are there is not asked here."""
     monkeypatch.setattr(data, "find_files", lambda folder, split: split)
-    place = tmp_path / dict(PLACES)[name]
-    place.mkdir(parents=True)
-    (tmp_path / place.relative_to(tmp_path).parts[0] / SPLIT[name]).write_bytes(lists_of(name))
+    place = dict(PLACES)[name]
+    touch(tmp_path / place, *paths(name))
+    (tmp_path / place.split("/")[0] / SPLIT[name]).write_bytes(lists_of(name))
     *sizes, classes, first, last, begins = REAL[name]
     benchmark = data.load(name, tmp_path, shots=0)
     assert [len(benchmark.train), len(benchmark.val), len(benchmark.test)] == sizes
