@@ -14,11 +14,11 @@ Tip-Adapter-F (Zhang et al., ECCV 2022, arXiv:2207.09519), two limits of the sam
     path 2:  phi(f_new F_new^T) L,  phi(f_O,new F_O,new^T) L,  phi(s) = exp(-(1-s))                   Eq. 17-18
     logits = (path 1 + lambda path 2 of f) + beta (the same of f_O), cross-entropy                    Eq. 19
 
-    x_FP      prompt        (D,)           learned, zeros at first, through ln_pre as the other tokens
+    x_FP      x_fp          (D,)           learned, zeros at first, through ln_pre as the other tokens
     Phi_O     layer         Block          learned, a copy of CLIP's last
     p, q      p, q          Linear(E, E)   learned, with LeakyReLU(0.2)
     W         w0            (K, E)         unit rows, from the templates: on ImageNet Tip-Adapter's seven
-    F, F_O    keys          (2, n, E)      the cache, n few-shot pictures, never learned;  L: labels (n,)
+    F, F_O    keys          (2, n, E)      the cache of n few-shot pictures, not learned;  L  labels  (n,)
     lambda    lam           1;  alpha 0.05;  beta 0.5
 
 The paper prints the equations above, alpha, beta, lambda, AdamW at 1e-3 with a cosine, batch 256, the epochs. Printed,
@@ -30,7 +30,8 @@ number of heads (Eq. 5; CLIP's own root of the head's width). It leaves open, an
   * Att^{L-1} stands on the left: row i of the product tells how the patches reach token i. No identity is added, no
     row is renormalised. No gradient flows through O.
   * Otsu: on 256 levels between the map's extremes. Connected: also over corners; of regions equally large that with
-    the highest attention counts. A map without contrast, or with NaN: all patches. region="bbox": the region's box.
+    the highest attention counts. A map without contrast, NaN or inf: all patches. region="bbox": the box around the
+    same region (the authors' later code boxes the contour of the largest area, which differs for rings).
   * Phi_O: CLIP's block by default (new_layer="copy"), so that training begins with CLIP's answer; "light" is the size
     of what the authors' later code defines: one head, one linear layer as MLP, random. CLIP's ln_post and projection
     serve f_O too.
@@ -44,9 +45,10 @@ number of heads (Eq. 5; CLIP's own root of the head's width). It leaves open, an
     epoch's with alpha and beta chosen on the validation set, on ImageNet the test set: not comparable.
 
 Rollout, exact and cheap: only one row of the product is needed, so a vector goes through the layers from the last to
-the first, N^2 per layer and head instead of N^3. The weights of one layer at a time are computed again from its input,
-which autograd keeps anyway: the blocks run scaled_dot_product_attention and no N x N map is stored. The peak is one
-layer's map, 0.5 GB in fp32 at batch 256 on ViT-B/16, where all eleven would take 5.3.
+the first, N^2 per layer and head instead of N^3. The blocks run scaled_dot_product_attention; the weights are computed
+again, one layer at a time, from its input, which autograd keeps anyway (without gradients the inputs take 0.7 GB at
+batch 100 on ViT-B/16). No N x N map is stored: the peak is one layer's, before and after softmax, 1 GB in fp32 at batch
+256, where all eleven would take 5.3 GB.
 
 Copy this file and clip_min.py anywhere. B images, K classes, N patches, D width of the image tower, E joint width.
 """
@@ -67,8 +69,8 @@ class FGVPL(nn.Module):
     """parts: "fvp+tar"; "fvp", prompt and object branch with the templates' classifier; "tar", both pathways on CLIP's
     own image feature; "tip" and "tip-f", Tip-Adapter and with learned keys: no adapters, lam is its alpha, its beta 1.
 
-    Learns on ViT-B: 7,613,952 numbers (new_layer="light" 3,482,112), tar 525,312, tip-f n x E. prepare() builds the
-    cache of all but fvp before training or evaluation.
+    Learns on ViT-B: 7,613,952 numbers (new_layer="light" 3,482,112), tar 525,312, tip-f n x E. For all but fvp call
+    prepare() before the optimizer is made: it builds the cache; without it the second path adds nothing.
     """
 
     # FG-VPL, Section 4.2. Tip-Adapter-F: its own epochs, the rest is the same.
@@ -125,21 +127,22 @@ class FGVPL(nn.Module):
 
     def walk(self, z):
         """z_0 -> z_{L-1} and AM (B, N)."""
-        inputs, blocks = [], self.clip.visual.blocks[:-1]
-        for block in blocks:
-            inputs.append(z.detach())
+        inputs = []
+        for block in self.clip.visual.blocks[:-1]:
+            inputs.append(z)
             z = block(z)
-        return z, self.rollout(blocks, inputs)
+        return z, self.rollout(inputs, z)
 
     @torch.no_grad()
-    def rollout(self, blocks, inputs):
-        """The blocks and what went into them, (B, 1+N or 1+N+1, D) each -> AM (B, N)."""
+    def rollout(self, inputs, z):
+        """z_0 .. z_{L-2} and z_{L-1}, all (B, 1+N or 1+N+1, D) -> AM (B, N)."""
         n = len(self.clip.visual.positional_embedding)  # class token and patches
-        row = None
-        for block, z in zip(reversed(blocks), reversed(inputs), strict=True):
-            weights = block.attention_weights(z)  # Eq. 5
-            with full_precision(z.device):
-                row = weights[:, :, :1].float() if row is None else row @ weights.float()  # (B, H, 1, .), Eq. 6
+        row = z.new_zeros(len(z), self.clip.visual.blocks[0].attn.heads, 1, z.shape[1], dtype=torch.float32)
+        row[..., 0] = 1  # the class token's row of the identity, times Att^{L-1}, ..., times Att^1
+        for block, x in zip(reversed(self.clip.visual.blocks[:-1]), reversed(inputs), strict=True):
+            weights = block.attention_weights(x)  # (B, H, n or n+1, the same), Eq. 5
+            with full_precision(x.device):
+                row = row @ weights.float()  # (B, H, 1, n or n+1), Eq. 6
         return row[:, :, 0, 1:n].sum(dim=1)  # Eq. 7
 
     def encode_image(self, images):
@@ -168,15 +171,16 @@ class FGVPL(nn.Module):
 
     @torch.no_grad()
     def prepare(self, batches):
-        """Build the cache. batches: (images, labels) of the few-shot set on CLIP's device, which can be walked through
-        cache_views times, in the same order but with augmentations drawn anew."""
+        """Build the cache. batches: (images, labels) of the few-shot set on CLIP's device; no generator, since it is
+        walked through cache_views times, and not shuffled: in the same order, with augmentations drawn anew."""
         if not self.has_cache:
             return
         total = 0
         for _ in range(self.cache_views):
             features, labels = zip(*((self.cache_features(images), labels) for images, labels in batches), strict=True)
             total = total + torch.cat(features, dim=1).float()  # (1 or 2, n, E)
-        self.reserve(total.shape[1])
+        if len(self.labels) != total.shape[1]:
+            self.reserve(total.shape[1])
         self.keys.copy_(F.normalize(total, dim=-1))
         self.labels.copy_(torch.cat(labels))
 
@@ -228,11 +232,15 @@ class FGVPL(nn.Module):
         with full_precision(images.device):  # the adapters too: in half precision they lose their small steps
             logits = self.pathways(features[0], 0, text, rows)
             if self.has_object:
-                logits = logits + self.beta * self.pathways(features[1], -1, self.adapted_text(-1), rows)  # Eq. 19
+                shared = not self.has_adapters or len(self.p) == 1
+                text = text if shared else self.adapted_text(-1)
+                logits = logits + self.beta * self.pathways(features[1], -1, text, rows)  # Eq. 19
         return logits
 
     def loss(self, images, labels, epoch=0, rows=None):
         """labels (B,), rows (B,) the pictures' places in the cache, for exclude_self -> scalar cross-entropy."""
+        if self.exclude_self and rows is None:
+            raise UserError("exclude_self leaves a picture's own entry out of the cache: give loss() its rows there.")
         return F.cross_entropy(self(images, rows=rows if self.exclude_self else None), labels)
 
     @torch.no_grad()
@@ -266,10 +274,11 @@ def above_otsu(am):
     count = levels.new_zeros(len(am), 256).scatter_add(1, levels, torch.ones_like(levels))
     below, n = count.cumsum(dim=1), am.shape[1]  # patches up to each level
     total = (count * torch.arange(256, device=am.device)).cumsum(dim=1)  # the sum of their levels
-    # Between-class variance times n^2. Whole numbers up to the quotient, so that equals stay equal; the lowest wins.
-    gap = (total[:, -1:] * below - n * total).float()
-    between = gap.square() / (below * (n - below)).clamp(min=1)
-    return levels > between.argmax(dim=1, keepdim=True)
+    # Between-class variance times n^2, as whole part and remainder: in floating point equals would not stay equal.
+    gap, sides = total[:, -1:] * below - n * total, (below * (n - below)).clamp(min=1)
+    whole, rest = gap.square() // sides, gap.square() % sides / sides
+    best = whole == whole.amax(dim=1, keepdim=True)
+    return levels > torch.where(best, rest, -1).argmax(dim=1, keepdim=True)  # of equals the lowest
 
 
 def largest_component(mask, am):

@@ -200,7 +200,7 @@ def run(args, seed):
         accuracy=round(accuracy, 4), published=papers[0][0] if papers else None,
         published_source=papers[0][1] if papers else None, shifts=shifts, trainable_parameters=trainable,
         seconds_training=round(seconds_training, 2), seconds_total=round(time.time() - started, 2),
-        epochs=recipe.get("epochs", 0), recipe=recipe, options=options, picks=bench.picks, torch=torch.__version__,
+        epochs=recipe["epochs"] if trainable else 0, recipe=recipe, options=options, picks=bench.picks, torch=torch.__version__,
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         **({"variance": spread} if spread else {})))
     print(f"saved     {folder}")
@@ -462,7 +462,12 @@ def choose_device(device, precision):
 
 def evaluate_again(args):
     """--load: the saved prompts on the full test set again. The data come from --root, the rest from the run."""
-    bench, method, saved, device, dtype = restore(args)
+    method, saved, device, dtype = restore(args)
+    bench = data.load(args.data or saved["data"], args.root, saved["shots"], saved["seed"])
+    if bench.classnames != saved["classnames"]:
+        theirs, ours = (", ".join(names[:3]) for names in (saved["classnames"], bench.classnames))
+        raise UserError(f"{args.load} was trained for the classes {theirs}, ..., and {bench.name} has {ours}, ...: "
+                        "choose the data of that run.")
     targets = load_targets(args, bench)
     accuracy = evaluate(method, test_loader(bench, method.clip, device, args.workers), device, dtype)
     print(f"accuracy  {accuracy:.2f} % of {len(bench.test)} test pictures of {bench.name} ({args.load})")
@@ -474,7 +479,7 @@ def show_attention(args):
     """--attention: the picture as CLIP sees it, the attention map, Otsu's mask, and the object, side by side."""
     if not args.load:
         raise UserError("--attention shows what a trained method looks at: name its run with --load.")
-    _, method, _, device, dtype = restore(args)
+    method, _, device, dtype = restore(args)
     if not hasattr(method, "attention"):
         raise UserError(f"{args.load} is a run of {type(method).__name__}: only those of fgvpl have an attention map.")
     resolution = method.clip.visual.resolution
@@ -498,7 +503,7 @@ def show_attention(args):
 
 
 def restore(args):
-    """A finished run -> (Benchmark, method with the learned tensors, prompts.pt, device, autocast dtype)."""
+    """A finished run -> (method with what it learned, prompts.pt, device, autocast dtype)."""
     path = Path(args.load) / "prompts.pt"
     if not path.is_file():
         raise UserError(f"{path} does not exist: give --load the folder of a finished run.")
@@ -514,19 +519,14 @@ def restore(args):
                         "leave --method out.")
     precision = saved["precision"] if args.precision == "auto" else args.precision
     device, dtype = choose_device(args.device, precision)
-    bench = data.load(args.data or saved["data"], args.root, saved["shots"], saved["seed"])
-    if list(bench.classnames) != saved["classnames"]:
-        theirs, ours = (", ".join(names[:3]) for names in (saved["classnames"], bench.classnames))
-        raise UserError(f"{path} was trained for the classes {theirs}, ..., and {bench.name} has {ours}, ...: "
-                        "choose the data of that run.")
     clip = load_clip(args.backbone or saved["backbone"], device)
-    method = METHODS[name](clip, bench.classnames, saved["templates"], **options).to(device)
+    method = METHODS[name](clip, saved["classnames"], saved["templates"], **options).to(device)
     if "labels" in tensors and hasattr(method, "reserve"):
         method.reserve(len(tensors["labels"]))
     if shapes != {key: tensor.shape for key, tensor in own_state(method).items()}:
         raise UserError(f"The tensors in {path} do not fit {name} on this backbone: use {saved['backbone']}.")
     method.load_state_dict(tensors, strict=False)  # CLIP's own are not in it
-    return bench, method, saved, device, dtype
+    return method, saved, device, dtype
 
 
 def own_state(method):
