@@ -12,7 +12,8 @@ first use. Anything else is a folder of your own pictures:
     folder/classnames.txt                         optional, beside the first two; a line: <class folder> <readable name>
 
 The protocol is that of CoOp (arXiv:2109.01134, github.com/KaiyangZhou/CoOp), so that numbers compare:
-- the splits are CoOp's lists, split_zhou_*.json; torchvision splits the same pictures differently;
+- the splits are CoOp's lists, split_zhou_*.json; torchvision splits the same pictures differently. Aircraft has lists
+  of its own; ImageNet and its shifts are class folders, sorted, where CoOp's picks follow the chance order of a disk;
 - k shots: for each class, in the order in which the classes first appear in the list, random.sample(its pictures, k);
   then min(k, 4) per class of the val list from the same stream. The same seed gives CoOp's pictures, in CoOp's order;
 - the whole test set, resized and centre-cropped as CLIP does (clip_min.preprocess); random crops and flips to train.
@@ -217,11 +218,10 @@ def read_folders(folder):
 
 def read_aircraft(folder):
     """FGVC Aircraft's own lists, beside the image folder. Names have slashes, F/A-18, and are never a path."""
-    split, classnames = {}, (folder.parent / "variants.txt").read_text("utf-8").split("\n")
-    classnames = [name for name in classnames if name]
+    split, classnames = {}, list(filter(None, (folder.parent / "variants.txt").read_text("utf-8").splitlines()))
     for part in "train", "val", "test":
         file, split[part] = folder.parent / f"images_variant_{part}.txt", []
-        for line in filter(None, file.read_text("utf-8").split("\n")):
+        for line in filter(None, file.read_text("utf-8").splitlines()):
             image, _, name = line.partition(" ")     # 1025794 707-320
             if name not in classnames:
                 raise UserError(f"{file} has the line {line!r}, which ends with no line of variants.txt: mend it")
@@ -235,8 +235,8 @@ def read_imagenet(folder, name):
     Class folders are called by wnid, in ImageNetV2 by number; sorted as text, 10 would come before 2. The names are
     OpenAI's: torchvision's cost accuracy.
     """
-    lines = (ASSETS / "imagenet_classes.txt").read_text().splitlines()     # n01440764 tench
-    number = {key: i for i, line in enumerate(lines) for key in (line.split(" ", 1)[0], str(i))}
+    rows = [line.split(" ", 1) for line in (ASSETS / "imagenet_classes.txt").read_text().splitlines()]
+    number = {key: i for i, (wnid, _) in enumerate(rows) for key in (wnid, str(i))}
     split, keys = {"train": [], "val": [], "test": []}, None
     for part, place in {"train": "train/", "test": "val/"}.items() if name == "imagenet" else [("test", "")]:
         classes = class_folders(folder / place)
@@ -247,7 +247,7 @@ def read_imagenet(folder, name):
         keys = sorted(classes, key=number.get)
         split[part] = [(f"{place}{key}/{file}", label) for label, key in enumerate(keys) for file in classes[key]]
     class_ids = [number[key] for key in keys]
-    return split, [lines[i].split(" ", 1)[1] for i in class_ids], class_ids
+    return split, [rows[i][1] for i in class_ids], class_ids
 
 
 def class_folders(folder):
