@@ -95,12 +95,14 @@ def main(argv=None):
     parser.add_argument("--workers", type=int, help="processes that read pictures (default: 0 on a CPU, else up to 8)")
     parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="key=value",
                         help="options of the method")
-    parser.add_argument("--eval-on", nargs="+", default=[], metavar="DATA", help="test the run on these, too: shifted "
-                        "data of the same classes, such as imagenetv2 imagenet_sketch imagenet_a imagenet_r")
+    parser.add_argument("--eval-on", nargs="+", action="extend", default=[], metavar="DATA",
+                        help="test the run on these, too: shifted data of the same classes, such as imagenetv2 "
+                        "imagenet_sketch imagenet_a imagenet_r")
     parser.add_argument("--out", default="runs", help="where runs are saved (default: runs)")
     parser.add_argument("--variance", action="store_true", help="also UPT's Appendix A: the variance of image features "
                         "within and of text features between the classes, before and after training")
-    parser.add_argument("--load", metavar="RUN", help="evaluate the prompts of a finished run instead of training")
+    parser.add_argument("--load", metavar="RUN", help="evaluate what a finished run learned, with its settings, "
+                        "instead of training")
     parser.add_argument("--attention", metavar="IMAGE", help="with --load: write what the method looks at in a picture")
     parser.add_argument("--summary", action="store_true", help="print a table of all runs under --out, mean and "
                         "standard deviation over seeds, and draw accuracy over shots as --out/summary.png")
@@ -200,7 +202,8 @@ def run(args, seed):
         accuracy=round(accuracy, 4), published=papers[0][0] if papers else None,
         published_source=papers[0][1] if papers else None, shifts=shifts, trainable_parameters=trainable,
         seconds_training=round(seconds_training, 2), seconds_total=round(time.time() - started, 2),
-        epochs=recipe["epochs"] if trainable else 0, recipe=recipe, options=options, picks=bench.picks, torch=torch.__version__,
+        epochs=recipe["epochs"] if trainable else 0, recipe=recipe, options=options, picks=bench.picks,
+        torch=torch.__version__,
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         **({"variance": spread} if spread else {})))
     print(f"saved     {folder}")
@@ -209,21 +212,23 @@ def run(args, seed):
 class Views:
     """Batches of the few-shot set in its order: every walk through it is another view, augmented anew."""
 
-    def __init__(self, loader, device):
-        self.loader, self.device, self.number = loader, device, 0
+    def __init__(self, loader, device, views):
+        self.loader, self.device, self.views, self.number = loader, device, views, 0
 
     def __iter__(self):
         self.number += 1
         for batch, (images, labels) in enumerate(self.loader, 1):
             if sys.stdout.isatty():
-                print(f"\rcache     view {self.number}, batch {batch}/{len(self.loader)}".ljust(70), end="", flush=True)
+                line = f"cache     view {self.number}/{self.views}, batch {batch}/{len(self.loader)}"
+                print("\r" + line.ljust(70), end="", flush=True)
             yield images.to(self.device, non_blocking=True), labels.to(self.device)
 
 
 def prepare(method, bench, recipe, device, dtype, workers):
     """Show the method the few-shot set before training, with the training's augmentation."""
     augment = data.augment(method.clip.visual.resolution, recipe["crop_scale"])
-    views = Views(picture_loader(bench, bench.train, augment, 100, device, workers, keep=True), device)
+    loader = picture_loader(bench, bench.train, augment, 100, device, workers, keep=True)
+    views = Views(loader, device, method.cache_views)
     with torch.autocast(device.type, dtype, enabled=dtype is not None):
         method.prepare(views)
     print(f"\rcache     {len(bench.train)} pictures, {views.number} views".ljust(70))
@@ -319,11 +324,13 @@ def variance(method, loader, device, dtype):
 
 
 def load_targets(args, bench):
-    """--eval-on -> Benchmarks whose classes are bench's or some of them."""
+    """--eval-on -> Benchmarks whose classes are bench's or some of them, each of another name."""
     targets = [data.load(name, args.root, 0) for name in args.eval_on]
-    for target in targets:
-        known = {None, *(bench.class_ids or [])}
-        if target.classnames != bench.classnames and not known.issuperset(target.class_ids or [-1]):
+    for i, target in enumerate(targets):
+        if target.name in [bench.name, *(other.name for other in targets[:i])]:
+            raise UserError(f"--eval-on names {target.name}, which is tested already: name each data set once.")
+        shifted = bench.class_ids and target.class_ids and set(target.class_ids) <= set(bench.class_ids)
+        if target.classnames != bench.classnames and not shifted:
             raise UserError(f"The classes of {target.name} are not those of {bench.name}: give --eval-on shifted data "
                             "of the same classes.")
     return targets
@@ -351,8 +358,9 @@ def evaluate_shifts(method, saved, bench, targets, accuracy, device, dtype, work
         model, columns = transferred(method, saved, bench, target)
         pictures = test_loader(target, method.clip, device, workers)
         shifts[target.name] = round(evaluate(model, pictures, device, dtype, columns), 4)
-        papers = quoted(published(saved, target.name))
-        print(f"shift     {shifts[target.name]:.2f} % of {len(target.test)} test pictures of {target.name}{papers}")
+        papers = [] if bench.own or target.own else published(saved, target.name)
+        print(f"shift     {shifts[target.name]:.2f} % of {len(target.test)} test pictures of {target.name}"
+              f"{quoted(papers)}")
     if shifts:
         print(f"average   {statistics.mean([accuracy, *shifts.values()]):.2f} % with {bench.name}, "
               f"{statistics.mean(shifts.values()):.2f} % of the shifted alone (OOD average)")
@@ -512,6 +520,9 @@ def restore(args):
         name, options, tensors = saved["method"], saved["options"], saved["tensors"]
         shapes = {key: tensor.shape for key, tensor in tensors.items()}
         known = inspect.signature(METHODS[name]).parameters.keys() >= options.keys()
+        keys = {"data", "shots", "seed", "backbone", "precision", "classnames", "templates", "recipe"}
+        if not keys <= saved.keys():  # written by an older train.py
+            raise KeyError(keys - saved.keys())
     except Exception as error:  # any file can stand there
         raise UserError(f"{path} is not a prompt file of train.py ({type(error).__name__}): train again.") from error
     if (args.method or name) != name or not known:
@@ -534,45 +545,57 @@ def own_state(method):
     return {key: tensor for key, tensor in method.state_dict().items() if not key.startswith("clip.")}
 
 
+def read_result(path):
+    """result.json -> the run, with its row's label, and accuracies and papers' numbers by data set; None if broken."""
+    try:
+        run = json.loads(path.read_text())
+        setting, default = settings(run)
+        changed = [f"{key}={setting[key]}" for key in setting if setting[key] != default[key]]
+        accuracies = {**run["shifts"], run["data"]: run["accuracy"]}
+        papers = {name: published(run, name) if run["published"] else [] for name in accuracies}
+        return run | dict(label=" ".join([run["method"], *changed]), accuracies=accuracies, papers=papers)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:  # any file can have that name
+        print(f"warning: {path} is left out, it is no result of train.py ({error!r})", file=sys.stderr)
+
+
 def summarise(out):
     """--summary: the runs under `out` as a Markdown table, and their accuracy over shots as a picture."""
-    runs = [json.loads(path.read_text()) for path in sorted(out.rglob("result.json"))]
-    if not runs:
-        raise UserError(f"There is no result.json under {out}: train something first, or give its --out.")
-    rows, papers = {}, {}  # (method, backbone, shots) -> data set -> accuracies of the seeds, or of the papers
-    zero_shot = {}  # (method, backbone, data set) -> accuracy; FG-VPL's templates are its own
-    for run in runs:
-        setting, default = settings(run)
-        label = " ".join([run["method"], *(f"{key}={setting[key]}" for key in setting if setting[key] != default[key])])
-        key = label, run["backbone"], run["shots"]
-        zero_shot[label, run["backbone"], run["data"]] = run["zero_shot"]
-        for name, accuracy in {run["data"]: run["accuracy"], **run["shifts"]}.items():
+    rows, papers = {}, {}  # (label, backbone, shots) -> data set -> accuracies of the seeds, or the papers' numbers
+    zero_shot = {}  # (label, backbone) -> data set -> accuracy; FG-VPL's templates are its own
+    for run in filter(None, map(read_result, sorted(out.rglob("result.json")))):
+        key = run["label"], run["backbone"], run["shots"]
+        zero_shot.setdefault(key[:2], {})[run["data"]] = run["zero_shot"]
+        papers.setdefault(key, {}).update(run["papers"])
+        for name, accuracy in run["accuracies"].items():
             rows.setdefault(key, {}).setdefault(name, []).append(accuracy)
-            papers.setdefault(key, {})[name] = [value for value, _ in published(run, name)] if run["published"] else []
-    sets = sorted({run["data"] for run in runs})
+    if not rows:
+        raise UserError(f"There is no result.json under {out}: train something first, or give its --out.")
+    sets = sorted({name for row in zero_shot.values() for name in row})
     names = sets + sorted({name for row in rows.values() for name in row} - set(sets))
+    averaged = [name for name in sets if name in data.BENCHMARKS] or sets
 
     def cell(values, paper):
-        beside = "".join(f"; paper {value:.2f}" for value in paper[:1])
+        beside = "".join(f"; paper {value:.2f}" for value, _ in paper[:1])
         return f"{statistics.mean(values):.2f} ± {statistics.pstdev(values):.2f} ({len(values)}{beside})"
 
     print("Accuracy in percent, mean ± standard deviation (number of seeds; the paper's)\n")
-    print(f"| method | backbone | shots | {' | '.join(names)} | average of {len(sets)} |")
+    print(f"| method | backbone | shots | {' | '.join(names)} | average of {len(averaged)} |")
     print("|---" * (len(names) + 4) + "|")
     curves, averages = {name: {} for name in sets}, {}  # data set -> method -> shots -> accuracy
-    for (label, backbone, shots), row in sorted(rows.items()):
+    for (label, backbone, shots), row in sorted(rows.items(), key=lambda item: (*item[0][:2], item[0][2] or math.inf)):
         cells = [cell(row[name], papers[label, backbone, shots][name]) if name in row else "" for name in names]
         means = {name: statistics.mean(row[name]) for name in sets if name in row}
+        origin, average = zero_shot[label, backbone], ""
         for name, mean in means.items():
-            curve = curves[name].setdefault(f"{label}, {backbone}", {0: zero_shot[label, backbone, name]})
-            curve[shots or math.inf] = mean
-        average = ""
-        if len(means) == len(sets):
-            average = f"{statistics.mean(means.values()):.2f}"
-            averages.setdefault(f"{label}, {backbone}", {})[shots or math.inf] = float(average)
+            curves[name].setdefault(f"{label}, {backbone}", {0: origin[name]})[shots or math.inf] = mean
+        if means.keys() >= set(averaged):
+            average = statistics.mean(means[name] for name in averaged)
+            start = {0: statistics.mean(origin[name] for name in averaged)}
+            averages.setdefault(f"{label}, {backbone}", start)[shots or math.inf] = average
+            average = f"{average:.2f}"
         print(f"| {label} | {backbone} | {shots or 'all'} | {' | '.join(cells)} | {average} |")
-    if averages and len(sets) > 1:
-        curves = {f"average of {len(sets)}": averages} | curves
+    if averages and len(averaged) > 1:
+        curves = {f"average of {len(averaged)}": averages} | curves
     save(out / "summary.png", lambda image, part: image.save(part, "PNG"), draw_curves(curves))
     print(f"saved     {out / 'summary.png'}", file=sys.stderr)
 
@@ -581,10 +604,10 @@ def draw_curves(curves):
     """{data set: {label: {shots: accuracy}}} -> picture, a panel for each set, as Fig. 4 of UPT, DPT and FG-VPL."""
     labels = sorted({label for panel in curves.values() for label in panel})
     ticks = sorted({shots for panel in curves.values() for curve in panel.values() for shots in curve})
-    colours = {label: f"hsl({360 * i // len(labels)}, 75%, 42%)" for i, label in enumerate(labels)}
+    colours = {label: f"hsl({360 * i // len(labels)}, 75%, {(42, 25)[i % 2]}%)" for i, label in enumerate(labels)}
     width, height, columns = 420, 300, min(len(curves), 4)
     bottom = -(-len(curves) // columns) * height
-    image = Image.new("RGB", (columns * width, bottom + 20 * len(labels) + 20), "white")
+    image = Image.new("RGB", (max(columns, 2) * width, bottom + 20 * len(labels) + 20), "white")
     pen, font = ImageDraw.Draw(image), ImageFont.load_default(13)
 
     def draw_panel(x, y, name, panel):
@@ -598,7 +621,7 @@ def draw_curves(curves):
         pen.text((x + width / 2, y + 14), name, "black", font, anchor="mm")
         pen.text((x + width / 2, y + 265), "labelled pictures per class", "black", font, anchor="mm")
         for value in range(low, high + 1, 5 if high - low <= 40 else 10):
-            level = place(0, value)[1]
+            level = place(ticks[0], value)[1]
             pen.line((x + 50, level, x + width - 20, level), "lightgrey")
             pen.text((x + 44, level), str(value), "black", font, anchor="rm")
         for shots in ticks:

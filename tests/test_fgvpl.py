@@ -914,7 +914,7 @@ def test_seven_templates_are_averaged_as_unit_features(clip):
 class Greys(nn.Module):
     """Stands for FG-VPL in train.py: it notes what comes. Every picture has a grey of its own, by which it is known."""
 
-    recipe, has_cache, notes = FGVPL.recipe, True, {}
+    recipe, has_cache, cache_views, notes = FGVPL.recipe, True, 2, {}
 
     def __init__(self, clip, classnames, templates):
         super().__init__()

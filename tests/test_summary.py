@@ -1,6 +1,7 @@
 """What train.py promises beside a run: shifted data, the papers' numbers, the summary. Pictures are made here."""
 
 import json
+import math
 import statistics
 
 import pytest
@@ -14,7 +15,6 @@ import train
 from dpt import CAVPT, DPT
 from upt import UPT
 
-WNIDS = {"n01440764": "tench", "n02012849": "crane bird", "n03126707": "construction crane", "n15075141": "toilet paper"}
 NUMBERS = {"n01440764": 0, "n02012849": 134, "n03126707": 517, "n15075141": 999}
 
 
@@ -23,9 +23,9 @@ def root(tmp_path_factory):
     """Four classes of ImageNet and of its shifts, and a dtd of two classes in CoOp's layout."""
     root = tmp_path_factory.mktemp("root")
     for part in "train", "val":
-        draw(root / "imagenet" / "images" / part, 6, WNIDS)
+        draw(root / "imagenet" / "images" / part, 6, NUMBERS)
     draw(root / "imagenetv2" / "imagenetv2-matched-frequency-format-val", 3, [str(n) for n in NUMBERS.values()])
-    draw(root / "imagenet-sketch" / "sketch", 3, WNIDS)
+    draw(root / "imagenet-sketch" / "sketch", 3, NUMBERS)
     draw(root / "imagenet-adversarial" / "imagenet-a", 4, ["n03126707", "n02012849"])
     draw(root / "imagenet-rendition" / "imagenet-r", 4, ["n15075141", "n01440764", "n03126707"])
     draw(root / "dtd" / "images", 6, ["dotted", "lined"])
@@ -60,7 +60,7 @@ SHIFTS = ["imagenetv2", "imagenet_sketch", "imagenet_a", "imagenet_r"]
     ("zeroshot", []), ("coop", []), ("coop", ["csc=true", "n_ctx=4"]), ("vpt", []), ("vlp", []), ("dpt", []),
     ("cavpt", []), ("cavpt", ["text=template"]), ("upt", []), ("fgvpl", []), ("fgvpl", ["parts=tip-f"]),
 ], ids=str)
-def test_every_method_is_tested_on_the_shifts_of_imagenet_and_again_from_its_run(start, tmp_path, capsys, method, options):
+def test_every_method_is_tested_on_the_shifts_and_again_from_its_run(start, tmp_path, capsys, method, options):
     sets = ["--set", *options] if options else []
     run = start("imagenet", method, "--eval-on", *SHIFTS, *sets)
     assert list(run["shifts"]) == SHIFTS and all(0 <= accuracy <= 100 for accuracy in run["shifts"].values())
@@ -78,12 +78,13 @@ def transferred(root, method_class, **options):
     """A method with random learned tensors, trained "on" imagenet -> its logits, those on imagenet_a, the columns."""
     torch.manual_seed(0)
     source, target = (data.load(name, root, 0) for name in ("imagenet", "imagenet_a"))
-    method = method_class(random_clip(), source.classnames, source.templates, **options)
+    templates = ("art of the {}.",)  # not the target's
+    method = method_class(random_clip(), source.classnames, templates, **options)
     with torch.no_grad():
         for p in method.parameters():
             if p.requires_grad:
                 p.add_(0.1 * torch.randn_like(p))
-    saved = dict(options=options, templates=source.templates)
+    saved = dict(options=options, templates=templates)
     model, columns = train.transferred(method.eval(), saved, source, target)
     images = torch.randn(3, 3, 32, 32)
     with torch.no_grad():
@@ -119,7 +120,35 @@ def test_the_columns_decide_what_counts_as_right(root):
     assert source.class_ids == [0, 134, 517, 999] and target.class_ids == [134, 517]
 
 
-def test_data_with_other_classes_are_no_shift(start, capsys):
+def test_only_the_columns_of_the_targets_classes_count_where_a_method_stays_whole(start, monkeypatch):
+    columns, evaluate = [], train.evaluate
+    monkeypatch.setattr(train, "evaluate", lambda *a: (columns.append(a[4] if len(a) > 4 else None), evaluate(*a))[1])
+    for method, options in ("fgvpl", "parts=tip"), ("coop", "csc=true"), ("coop", "csc=false"):
+        columns.clear()
+        start("imagenet", method, "--set", options, "--eval-on", *SHIFTS)
+        whole = options != "csc=false"
+        assert columns == [None] * 4 + [[1, 2] if whole else None, [0, 2, 3] if whole else None]
+
+
+def test_each_shift_is_compared_with_its_own_numbers(start, monkeypatch):
+    asked = []
+    monkeypatch.setattr(train, "published", lambda run, name: asked.append(name) or [])
+    start("imagenet", "zeroshot", "--eval-on", *SHIFTS)
+    assert asked == ["imagenet", *SHIFTS]
+
+
+@pytest.mark.parametrize("sets", [["imagenet"], ["v2", "imagenetv2"]], ids=str)
+def test_a_set_is_tested_once(start, capsys, sets):
+    assert start("imagenet", "coop", "--eval-on", *sets, status=2) is None
+    assert "already" in capsys.readouterr().err
+
+
+def test_a_second_eval_on_adds_to_the_first(start):
+    assert list(start("imagenet", "zeroshot", "--eval-on", "a", "--eval-on", "r")["shifts"]) == SHIFTS[2:]
+
+
+def test_data_with_other_classes_are_no_shift(start, capsys, monkeypatch):
+    monkeypatch.setattr(train, "train", None)  # it is said before the training
     assert start("imagenet", "coop", "--eval-on", "dtd", status=2) is None
     assert "dtd" in capsys.readouterr().err
     assert start("dtd", "coop", "--eval-on", "imagenet_a", status=2) is None
@@ -190,7 +219,9 @@ def test_a_run_prints_and_saves_the_papers_number(start, capsys):
 
 
 def test_a_folder_of_ones_own_is_not_compared_with_a_benchmark_of_its_name(start, root):
-    assert start(str(root / "dtd" / "images" / ".." / ".." / "dtd" / "images"), "zeroshot")["published"] is None
+    draw(root / "own" / "dtd", 6, ["dotted", "lined"])
+    run = start(str(root / "own" / "dtd"), "zeroshot", "--backbone", "ViT-B/32")
+    assert run["data"] == "dtd" and run["published"] is None
 
 
 # ---- The summary ----
@@ -230,7 +261,8 @@ def test_shifts_are_columns_but_not_in_the_average(tmp_path, capsys):
     write_run(tmp_path, 1, 70.0, data="imagenet", shifts={"imagenet_a": 40.0}, published=72.63)
     head, _, row = summary(tmp_path, capsys)
     assert head[3:] == ["imagenet", "imagenet_a", "average of 1"]
-    assert row == ["upt", "ViT-B/16", "16", "70.00 ± 0.00 (1; paper 72.63)", "40.00 ± 0.00 (1; paper 50.66)", "70.00"]
+    cells = ["70.00 ± 0.00 (1; paper 72.63)", "40.00 ± 0.00 (1; paper 50.66)"]
+    assert row == ["upt", "ViT-B/16", "16", *cells, "70.00"]
 
 
 def test_the_curves_are_a_picture_with_a_panel_for_each_set_and_a_colour_for_each_method(tmp_path, capsys):
@@ -243,15 +275,47 @@ def test_the_curves_are_a_picture_with_a_panel_for_each_set_and_a_colour_for_eac
     write_run(tmp_path, 1, 70.0, data="ucf101")
     summary(tmp_path, capsys)
     with Image.open(tmp_path / "summary.png") as image:
-        assert image.width == 3 * one[0]  # two sets and their average
+        assert one[0] == 840 and image.width == 3 * 420  # two sets and their average
         assert len({colour for _, colour in image.getcolors(1 << 20)} - colours) > 0
 
 
 def test_a_curve_passes_through_its_accuracies():
     image = train.draw_curves({"dtd": {"upt": {0: 40.0, 16: 60.0}}})
-    red = {(x, y) for x in range(image.width) for y in range(300) if image.getpixel((x, y)) == RED}
-    ys = sorted(y for _, y in red)
-    assert ys and ys[-1] - ys[0] == pytest.approx(200 * 20 / 25, abs=8)  # from 40 to 60 on an axis from 40 to 65
+    red = [(x, y) for x in range(image.width) for y in range(260) if image.getpixel((x, y)) == RED]
+    (left, low), (right, high) = min(red), max(red)
+    assert low - high == pytest.approx(200 * 20 / 25, abs=8)  # from 40 to 60 on an axis from 40 to 65
+    assert right - left == pytest.approx(350 / 2, abs=8)  # two places on an axis of 350
+    assert sum(x == left + 3 for x, _ in red) >= 5 <= sum(x == right - 3 for x, _ in red)  # a dot at either end
+
+
+def test_the_zero_point_is_zero_shot_and_all_pictures_stand_behind_every_number_of_shots(tmp_path, capsys, monkeypatch):
+    drawn, draw_curves = [], train.draw_curves
+    monkeypatch.setattr(train, "draw_curves", lambda curves: (drawn.append(curves), draw_curves(curves))[1])
+    write_run(tmp_path, 1, 60.0)
+    write_run(tmp_path, 1, 90.0, shots=0)
+    write_run(tmp_path, 1, 50.0, data="ucf101", zero_shot=30.4)
+    head, _, *rows = summary(tmp_path, capsys)
+    assert [row[2] for row in rows] == ["16", "all"]
+    label = "upt, ViT-B/16"
+    assert drawn == [{"average of 2": {label: {0: pytest.approx(37.4), 16: 55.0}},
+                      "dtd": {label: {0: 44.4, 16: 60.0, math.inf: 90.0}}, "ucf101": {label: {0: 30.4, 16: 50.0}}}]
+
+
+def test_the_average_is_over_benchmarks_where_there_are_some(tmp_path, capsys):
+    write_run(tmp_path, 1, 60.0)
+    write_run(tmp_path, 1, 90.0, data="shapes", backbone="tiny")
+    head, _, *rows = summary(tmp_path, capsys)
+    assert head[-1] == "average of 1" and [row[-1] for row in rows] == ["60.00", ""]
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{", '{"method": "upt"}', '{"method": "none"}', "\xff"])
+def test_a_file_that_is_no_result_is_left_out_with_its_name(tmp_path, capsys, content):
+    write_run(tmp_path, 1, 60.0)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "result.json").write_bytes(content.encode("latin1"))
+    assert train.main(["--summary", "--out", str(tmp_path)]) == 0
+    out, err = capsys.readouterr()
+    assert "60.00" in out and str(tmp_path / "other" / "result.json") in err
 
 
 def test_without_runs_the_summary_says_so(tmp_path, capsys):
@@ -265,3 +329,34 @@ def test_every_finished_run_can_be_summarised(start, tmp_path, capsys):
     start("dtd", "zeroshot")
     rows = summary(tmp_path / "runs", capsys)
     assert [row[0] for row in rows[2:]] == ["dpt epochs=1", "fgvpl parts=tip epochs=1", "zeroshot"]
+
+
+def test_prompts_of_an_older_version_are_refused_in_one_sentence(start, tmp_path, capsys):
+    start("dtd", "zeroshot")
+    file = next((tmp_path / "runs").rglob("prompts.pt"))
+    saved = torch.load(file, weights_only=True)
+    del saved["recipe"]
+    torch.save(saved, file)
+    start("dtd", "zeroshot", "--load", str(file.parent), status=2)
+    assert "train again" in capsys.readouterr().err
+
+
+def test_a_map_without_contrast_is_shown(start, tmp_path, monkeypatch):
+    start("dtd", "fgvpl", "--set", "parts=tip", "cache_views=1")
+    run = next((tmp_path / "runs").rglob("result.json")).parent
+    Image.new("RGB", (40, 40), "white").save(tmp_path / "white.png")
+    for value in 0.2, math.nan:
+        maps = torch.full((1, 4), value), torch.zeros(1, 4, dtype=torch.bool), torch.ones(1, 4, dtype=torch.bool)
+        monkeypatch.setattr(train.FGVPL, "attention", lambda self, images, maps=maps: maps)
+        start("dtd", "fgvpl", "--load", str(run), "--attention", str(tmp_path / "white.png"))
+        with Image.open(run / "attention_white.png") as sheet:
+            assert [sheet.getpixel((x, 100))[0] for x in (100, 444, 788, 1132)] == [255, 25, 0, 255]
+
+
+def test_the_cache_is_built_under_the_runs_precision(start, monkeypatch):
+    seen, prepare = [], train.FGVPL.prepare
+    monkeypatch.setattr(train.FGVPL, "prepare", lambda self, batches: (
+        seen.append(torch.is_autocast_enabled("cpu")), prepare(self, batches))[1])
+    for precision in "fp32", "bf16":
+        start("dtd", "fgvpl", "--set", "parts=tip", "cache_views=1", "--precision", precision)
+    assert seen == [False, True]
