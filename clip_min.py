@@ -17,6 +17,7 @@ outputs and gradients, make it several times faster than OpenAI's code:
 B images, R resolution, N patches, K texts, P shared tokens, S own tokens per text, D width of a tower, E joint width.
 """
 
+import copy
 import functools
 import gzip
 import hashlib
@@ -144,8 +145,8 @@ class Attention(nn.Module):
         self.in_proj_bias = nn.Parameter(torch.empty(3 * width))
         self.out_proj = nn.Linear(width, width)
 
-    def split_heads(self, x):  # (B, N, D) -> (B, H, N, 64)
-        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+    def split_heads(self, x):  # (..., N, D) -> (..., H, N, 64)
+        return x.unflatten(-1, (self.heads, -1)).transpose(-3, -2)
 
     def query(self, x):
         d = x.shape[-1]
@@ -171,23 +172,38 @@ class Block(nn.Module):
         self.ln_1, self.ln_2 = nn.LayerNorm(width), nn.LayerNorm(width)
         self.mlp = nn.ModuleDict({"c_fc": nn.Linear(width, 4 * width), "c_proj": nn.Linear(4 * width, width)})
 
-    def forward(self, x, mask=None, every=False):
-        """mask (B, N): which tokens are looked at, None for all; every: the last block returns all tokens, too."""
-        h = self.ln_1(x)
-        k, v = self.attn.key_value(h)
-        if self.last and not every:  # only the class token is read after the last block
-            x, h = x[:, :1], h[:, :1]
-        return self.finish(x, self.attn(self.attn.query(h), k, v, None if mask is None else mask[:, None, None]))
+    def forward(self, x, prompts=None, mask=None, all_tokens=False):
+        """prompts (P, D) or (B, P, D) are tokens beside those of x whose outputs nobody reads.
 
-    def finish(self, x, attended):
+        So they are keys and values only: no query, no output projection, no MLP. Prompts (P, D) are the same for every
+        picture, and their LayerNorm, keys and values are computed once. Outputs and gradients are those of
+        block(cat([x, prompts]))[:, :N].
+
+        mask (B, N+P) tells which tokens are looked at, None: all. With all_tokens, the last block returns every token.
+        """
+        h = self.ln_1(x)
+        k, v = self.keys_and_values(h, prompts)
+        if self.last and not all_tokens:  # only the class token is read after the last block
+            x, h = x[:, :1], h[:, :1]
+        return self.add_attention_and_mlp(x, self.attn(self.attn.query(h), k, v, mask if mask is None else mask[:, None, None]))
+
+    def keys_and_values(self, h, prompts):  # -> two (B, H, N+P, 64)
+        k, v = self.attn.key_value(h)
+        if prompts is None:
+            return k, v
+        prompt_k, prompt_v = self.attn.key_value(self.ln_1(prompts))  # (H, P, 64), or (B, H, P, 64)
+        per_picture = len(k), -1, -1, -1
+        return torch.cat([k, prompt_k.expand(per_picture)], dim=2), torch.cat([v, prompt_v.expand(per_picture)], dim=2)
+
+    def add_attention_and_mlp(self, x, attended):
         x = x + attended
         h = self.mlp["c_fc"](self.ln_2(x))
         return x + self.mlp["c_proj"](h * torch.sigmoid(1.702 * h))  # QuickGELU
 
-    def attention_weights(self, x):
-        """The weights that forward(x) uses, for rollout and maps: (B, N, D) -> (B, H, N, N), rows sum to 1."""
+    def attention_weights(self, x, prompts=None):
+        """The weights that forward(x, prompts) uses, for rollout and maps: -> (B, H, N, N+P), rows sum to 1."""
         h = self.ln_1(x)
-        q, (k, _) = self.attn.query(h), self.attn.key_value(h)
+        q, (k, _) = self.attn.query(h), self.keys_and_values(h, prompts)
         return (q @ k.mT / math.sqrt(q.shape[-1])).softmax(dim=-1)
 
 
@@ -212,8 +228,8 @@ class TextBlock(Block):
         else:
             mask = causal[p:]
             attended = self.attn(self.attn.query(h_shared), k_shared, v_shared, causal[:p, :p])
-            shared = self.finish(shared, attended)
-        return shared, self.finish(own, self.attn(self.attn.query(h_own), k, v, mask))
+            shared = self.add_attention_and_mlp(shared, attended)
+        return shared, self.add_attention_and_mlp(own, self.attn(self.attn.query(h_own), k, v, mask))
 
 
 class VisionTransformer(nn.Module):
@@ -292,6 +308,15 @@ class CLIP(nn.Module):
         """(n, 77) from tokenize -> (n, E), not normalised."""
         return self.text(*self.text.embed(tokens))
 
+    def embed_prompts(self, classnames, n_ctx):
+        """Prompts "X .. X name." with n_ctx places for learned vectors -> shared, own, eot as TextTransformer.embed's.
+
+        The places are 1 .. n_ctx of `shared`, behind the start token.
+        """
+        places = " ".join(["X"] * n_ctx)
+        tokens = tokenize([f"{places} {name}." for name in classnames])
+        return self.text.embed(tokens.to(self.logit_scale.device))
+
     def logits(self, image_features, text_features):
         """(B, E), (K, E) -> (B, K): exp(logit_scale) * cosine, in fp32 also under autocast (logits of 30 need it)."""
         with full_precision(image_features.device):
@@ -332,6 +357,106 @@ class CLIP(nn.Module):
             detail = " ".join(str(error).split())[:300]
             raise UserError(f"These are not the weights of a CLIP ViT under OpenAI's key names: {detail}") from error
         return clip.requires_grad_(False).eval()
+
+
+# ------------------------------------------------------------------------------------------------------------ methods
+
+
+class Method(nn.Module):
+    """Zero-shot CLIP (Radford et al., 2021, Section 3.1), and what a prompt-learning method may change of it.
+
+    A method overrides the functions that its paper changes; train.py and report.py call nothing but these. CLIP stays
+    frozen; only tensors of the method's own require grad.
+    """
+
+    recipe = {}  # the paper's settings for training, see train.resolve_recipe; empty: there is nothing to train
+
+    def __init__(self, clip, classnames, templates=("a photo of a {}.",)):
+        """classnames: K names; templates: hand-written prompts, each with one {} for the name."""
+        super().__init__()
+        self.clip, self.templates = clip.requires_grad_(False), tuple(templates)
+        self.set_classes(classnames)
+
+    @classmethod
+    def default_options(cls):
+        """-> {name: default} of the method's options, the keyword-only arguments of its __init__."""
+        return cls.__init__.__kwdefaults__ or {}
+
+    def set_classes(self, classnames):
+        """Compute what depends on the class names alone. __init__ calls it, and for_classes for other names.
+
+        It sets classnames; prompt_texts, a sentence per class for people to read; and zero_shot (K, E), CLIP's
+        classifier of the templates.
+        """
+        self.classnames = [name.replace("_", " ") for name in classnames]
+        self.prompt_texts = [self.templates[0].format(name) for name in self.classnames]
+        self.zero_shot = nn.Buffer(self.clip.classifier(self.classnames, self.templates), persistent=False)
+
+    def encode_text(self):
+        """-> (K, E), the classifier. It does not depend on the image, so an evaluation computes it once."""
+        return self.zero_shot
+
+    def encode_image(self, images, text):
+        """images (B, 3, R, R), text (K, E) from encode_text for methods whose image side reads it -> (B, E)."""
+        return self.clip.encode_image(images)
+
+    def forward(self, images, text=None):
+        """images (B, 3, R, R), text (K, E) or None to compute it -> logits (B, K)."""
+        text = self.encode_text() if text is None else text
+        return self.clip.logits(self.encode_image(images, text), text)
+
+    def loss(self, images, labels, epoch=0):
+        """labels (B,), epoch counted from 0 -> scalar."""
+        return F.cross_entropy(self(images), labels)
+
+    def parameter_groups(self, recipe=None):
+        """-> the optimizer's groups, each with its rate and warm-up: recipe["parts"] has tensors with rates of their own."""
+        recipe = recipe or self.recipe
+        learned = {name: p for name, p in self.named_parameters() if p.requires_grad}
+        groups = [dict(params=[learned.pop(name)], **rates) for name, rates in recipe.get("parts", {}).items()
+                  if name in learned]
+        return [*groups, dict(params=[*learned.values()], lr=recipe["lr"], warmup_epochs=recipe["warmup_epochs"])]
+
+    def prepare(self, batches):
+        """Look at the few-shot pictures before training, for a cache. batches: (images, labels), in the same order at
+        each walk through it, augmented anew."""
+
+    def learned(self):
+        """-> {name: tensor}, all that sets this method apart from a new one: what prompts.pt holds, a cache included."""
+        return {name: tensor for name, tensor in self.state_dict().items() if not name.startswith("clip.")}
+
+    def load_learned(self, tensors):
+        """Take over the tensors of learned(). UserError where names or shapes differ."""
+        expected = {name: tensor.shape for name, tensor in self.learned().items()}
+        if expected != {name: tensor.shape for name, tensor in tensors.items()}:
+            raise UserError(f"The learned tensors do not fit {type(self).__name__} on this backbone.")
+        self.load_state_dict(tensors, strict=False)  # CLIP's own are not in it
+
+    def for_classes(self, classnames, columns=None):
+        """-> a copy of the trained method on the same CLIP, for other class names.
+
+        columns: for each of them, which training class it is. A method with tensors per training class needs it, to
+        keep those of these classes; without it such a method refuses.
+        """
+        other = copy.deepcopy(self, {id(self.clip): self.clip})
+        other.set_classes(classnames)
+        return other
+
+    @torch.no_grad()
+    def attention(self, images):
+        """-> {title: (B, N)}, maps over the patches that show what the method looks at, the first one its attention.
+
+        Here: the class token's attention to the patches in the last block, the mean of the heads.
+        """
+        inputs, last = [], self.clip.visual.blocks[-1]
+        hook = last.register_forward_pre_hook(lambda block, args: inputs.append(args))
+        try:
+            self.encode_image(images, self.encode_text())
+        finally:
+            hook.remove()
+        weights = last.attention_weights(*inputs[-1])  # the last call's: DPT runs the tower without prompts first
+        n = len(self.clip.visual.positional_embedding)  # class token and patches
+        return {"attention": weights[:, :, 0, 1:n].mean(dim=1)}
 
 
 # ------------------------------------------------------------------------------------------------------------ weights

@@ -9,80 +9,94 @@ Zhou, Yang, Loy, Liu: Learning to Prompt for Vision-Language Models, IJCV 2022, 
     g  clip.text      f  clip.visual      1 / tau  clip.logit_scale.exp()    frozen
 
 All classes share the start token and the context in front of the name, so those are encoded once: see TextBlock in
-clip_min.py. What the paper leaves open is settled as in its code: N(0, 0.02^2) for random contexts, weight decay on
-them, and the end-of-text place of "X .. X CLASS." for every position of the name.
+clip_min.py. What the paper leaves open is settled as in its code: random contexts are drawn from a normal distribution
+with standard deviation 0.02, they decay like other weights, and every prompt ends where "X .. X CLASS." does, wherever
+the name stands. Official code: github.com/KaiyangZhou/CoOp, trainers/coop.py.
 
-Copy this file and clip_min.py anywhere. B images, K classes, M = n_ctx, D text width, E joint width.
+To use it elsewhere, copy this file, clip_min.py and assets/bpe_merges.txt.gz.
+B images, K classes, M = n_ctx, D text width, E joint width.
 """
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
-from clip_min import UserError, encode, tokenize
+from clip_min import Method, UserError, encode, tokenize
 
 
-class CoOp(nn.Module):
-    """n_ctx contexts at random, or the words of ctx_init; class_token_position: "end", "middle" or "front" of them.
+class CoOp(Method):
+    """CLIP with learned context vectors in its prompts. Learns n_ctx * D numbers: 8,192 on ViT-B by default.
 
-    csc=True learns a context per class (class-specific). The templates are not used: the context replaces them.
-    Learns n_ctx * D numbers, 8,192 on ViT-B with 16 contexts, K times as many with csc.
+    The context is `n_ctx` random vectors, or the embeddings of the words in `ctx_init`. `class_token_position` puts the
+    class name at the "end" of the context, in its "middle", or in "front" of it. With `csc`, every class has a context
+    of its own (class-specific context). The templates are not used for the prompts: the context replaces them.
     """
 
     # Section 4.1 of the paper and its configuration files; epochs by shots.
     recipe = dict(
-        optimizer="sgd", lr=0.002, warmup_epochs=1, batch_size=32, crop_scale=(0.08, 1.0),
-        epochs={1: 50, 2: 100, 4: 100, 8: 200, 16: 200}, datasets={"imagenet": {"epochs": 50}},
+        optimizer="sgd", momentum=0.9, weight_decay=5e-4, lr=0.002, warmup_epochs=1, batch_size=32,
+        crop_scale=(0.08, 1.0), epochs={1: 50, 2: 100, 4: 100, 8: 200, 16: 200}, datasets={"imagenet": dict(epochs=50)},
     )
 
     def __init__(self, clip, classnames, templates=("a photo of a {}.",), *, n_ctx=16, ctx_init="",
                  class_token_position="end", csc=False):
-        super().__init__()
         if n_ctx < 0:
             raise UserError(f"n_ctx is {n_ctx}: it must be 0 or more.")
         if class_token_position not in ("end", "middle", "front"):
             raise UserError(f"class_token_position is {class_token_position}: choose end, middle or front.")
-        self.clip = clip.requires_grad_(False)
-        names, ctx_init = [name.replace("_", " ") for name in classnames], ctx_init.replace("_", " ")
-        n_ctx = len(encode(ctx_init)) if ctx_init else n_ctx
-        self.prompts = [f"{ctx_init or f'[{n_ctx} vectors]'} {name}." for name in names]  # for people to read
+        ctx_init = ctx_init.replace("_", " ")
+        self.n_ctx = len(encode(ctx_init)) if ctx_init else n_ctx
+        self.ctx_init, self.class_token_position, self.csc = ctx_init, class_token_position, csc
+        super().__init__(clip, classnames, templates)  # calls set_classes, which reads the options above
+        if ctx_init:
+            words = tokenize(ctx_init).to(self.zero_shot.device)[0, 1 : 1 + self.n_ctx]
+            ctx = clip.text.token_embedding(words)  # (M, D)
+            ctx = ctx.expand(len(classnames), -1, -1) if csc else ctx
+        else:
+            size = (len(classnames), self.n_ctx) if csc else (self.n_ctx,)
+            ctx = self.zero_shot.new_empty(*size, clip.text.token_embedding.embedding_dim).normal_(std=0.02)
+        self.ctx = nn.Parameter(ctx.clone())
 
-        placeholder = ctx_init or " ".join(["X"] * n_ctx)
-        tokens = tokenize([f"{placeholder} {name}." for name in names]).to(clip.logit_scale.device)
+    def set_classes(self, classnames):
+        """Compute the embeddings of "X .. X CLASS." for every class, and in which order its prompt reads them."""
+        super().set_classes(classnames)
+        context_words = self.ctx_init or " ".join(["X"] * self.n_ctx)
+        self.prompt_texts = [f"{self.ctx_init or f'[{self.n_ctx} vectors]'} {name}." for name in self.classnames]
+        tokens = tokenize([f"{context_words} {name}." for name in self.classnames]).to(self.zero_shot.device)
         eot = tokens.argmax(dim=-1)
         length = int(eot.max()) + 1  # nothing behind the end mark is ever read
-        words = clip.text.token_embedding(tokens[:, :length])  # (K, length, D)
-        ctx = words[:, 1 : 1 + n_ctx] if csc else words[0, 1 : 1 + n_ctx]
-        self.ctx = nn.Parameter(ctx.clone() if ctx_init else torch.empty_like(ctx).normal_(std=0.02))
+        words = self.clip.text.token_embedding(tokens[:, :length])  # (K, L, D): SOS, context, name, ".", EOT
 
-        before = {"end": n_ctx, "middle": n_ctx // 2, "front": 0}[class_token_position]  # contexts before the name
-        self.n_shared = 1 if csc else 1 + before
-        order = []  # where each place of a prompt comes from in SOS, context, name, ".", EOT
-        for name in names:
-            end, rest = 1 + n_ctx + len(encode(name)), range(1 + before, 1 + n_ctx)
-            order.append([*range(1 + before), *range(1 + n_ctx, end), *rest, *range(end, length)])
-        self.register_buffer("order", torch.tensor(order, device=tokens.device), persistent=False)
-        self.register_buffer("sos", words[:, :1], persistent=False)
-        self.register_buffer("suffix", words[:, 1 + n_ctx :], persistent=False)
-        self.register_buffer("eot", eot - self.n_shared, persistent=False)
+        in_front = {"end": self.n_ctx, "middle": self.n_ctx // 2, "front": 0}[self.class_token_position]
+        start, context = [0], list(range(1, 1 + self.n_ctx))
+        order = []
+        for name in self.classnames:
+            end_of_name = 1 + self.n_ctx + len(encode(name))
+            name, rest = range(1 + self.n_ctx, end_of_name), range(end_of_name, length)
+            order.append([*start, *context[:in_front], *name, *context[in_front:], *rest])
+        self.n_shared = 1 if self.csc else 1 + in_front  # what all prompts begin with
+        self.order = nn.Buffer(torch.tensor(order, device=tokens.device), persistent=False)  # (K, L)
+        self.sos = nn.Buffer(words[:, :1], persistent=False)  # (K, 1, D)
+        self.suffix = nn.Buffer(words[:, 1 + self.n_ctx :], persistent=False)  # (K, L-1-M, D)
+        self.eot = nn.Buffer(eot - self.n_shared, persistent=False)  # (K,)
 
     def encode_text(self):
-        """-> (K, E), not normalised: the classifier. It does not depend on the image: one call serves an evaluation."""
-        x = torch.cat([self.sos, self.ctx.expand(len(self.sos), -1, -1), self.suffix], dim=1)  # (K, L, D)     Eq. 2
-        x = x.take_along_dim(self.order.unsqueeze(-1), dim=1)
-        x = x + self.clip.text.positional_embedding[: x.shape[1]]
+        """-> (K, E), not normalised."""
+        ctx = self.ctx.expand(len(self.sos), -1, -1)  # (K, M, D)
+        x = torch.cat([self.sos, ctx, self.suffix], dim=1).take_along_dim(self.order.unsqueeze(-1), dim=1)  # Eq. 2
+        x = x + self.clip.text.positional_embedding[: x.shape[1]]  # (K, L, D)
         return self.clip.text(x[:1, : self.n_shared], x[:, self.n_shared :], self.eot)
 
-    def features(self, images, text=None):
-        """images (B, 3, R, R), text (K, E) or None to compute it -> image features (B, E), text features (K, E)."""
-        text = self.encode_text() if text is None else text
+    def encode_image(self, images, text=None):
+        """images (B, 3, R, R) -> (B, E), not normalised."""
         with torch.no_grad():  # nothing to learn in the image tower
-            return self.clip.encode_image(images), text
+            return self.clip.encode_image(images)
 
-    def forward(self, images, text=None):
-        """-> logits (B, K)."""
-        return self.clip.logits(*self.features(images, text))  # Eq. 3
-
-    def loss(self, images, labels, epoch=0):
-        """labels (B,) -> scalar cross-entropy."""
-        return F.cross_entropy(self(images), labels)
+    def for_classes(self, classnames, columns=None):
+        """See Method. Class-specific contexts belong to the training classes: `columns` tells which ones to keep."""
+        if self.csc and columns is None:
+            raise UserError("Class-specific contexts (csc) belong to the classes that they were trained for: train "
+                            "with csc=false to use other class names.")
+        other = super().for_classes(classnames)
+        if self.csc:
+            other.ctx = nn.Parameter(self.ctx[columns].detach())
+        return other

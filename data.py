@@ -35,11 +35,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from PIL import Image, ImageDraw, ImageOps
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms as T
 
-from clip_min import ASSETS, MEAN, STD, UserError, download, file_digest
+from clip_min import ASSETS, MEAN, STD, UserError, download, file_digest, preprocess
 
 
 @dataclass(frozen=True)
@@ -89,10 +90,13 @@ def load(name_or_folder, root="data", shots=16, seed=1):
     """A Benchmark with `shots` training pictures per class, or all for 0. "dtd" is the benchmark, "./dtd" a folder."""
     if shots < 0:
         raise UserError(f"shots must be 0, for all pictures, or more, found {shots}")
-    name, own, class_ids = known_name(str(name_or_folder)), False, None
-    root, folder = Path(root).expanduser(), Path(name_or_folder).expanduser()
+    (name, path), class_ids = identify(name_or_folder), None
+    root, folder = Path(root).expanduser(), Path(path)
     try:
-        if name in BENCHMARKS:
+        if path:
+            split_file = folder / "split.json"
+            split, classnames = read_split(split_file) if split_file.exists() else read_folders(folder)
+        elif name in BENCHMARKS:
             home, folder = find_images(BENCHMARKS[name], root)
             if name.startswith("imagenet"):
                 split, classnames, class_ids = read_imagenet(folder, name)
@@ -100,7 +104,7 @@ def load(name_or_folder, root="data", shots=16, seed=1):
                 split, classnames = read_aircraft(folder)
             else:
                 split, classnames = read_split(find_split(BENCHMARKS[name], home))
-        elif name in WORLD:
+        else:
             folder = root / name
             if not folder.exists():
                 root.mkdir(parents=True, exist_ok=True)
@@ -108,12 +112,6 @@ def load(name_or_folder, root="data", shots=16, seed=1):
                     draw_world(name, Path(temporary, name))
                     put_in_place(Path(temporary, name), folder)
             split, classnames = read_folders(folder)
-        elif folder.is_dir():
-            name, own, split_file = folder.resolve().name, True, folder / "split.json"
-            split, classnames = read_split(split_file) if split_file.exists() else read_folders(folder)
-        else:
-            known = ", ".join([*BENCHMARKS, *WORLD])
-            raise UserError(f"no data set or folder is called {name_or_folder}: give a folder, or one of {known}")
     except OSError as error:     # a folder that may not be read, a full disk, a root that is a file
         raise UserError(f"{error.filename or folder} cannot be used ({error.strerror}): give another folder") from error
 
@@ -124,17 +122,23 @@ def load(name_or_folder, root="data", shots=16, seed=1):
         rng = random.Random(seed)     # the stream of CoOp's random.seed(seed), leaving the global one alone
         split["train"] = sample(split["train"], shots, rng)
         split["val"] = sample(split["val"], min(shots, 4), rng)
-    templates = (BENCHMARKS[name].template if name in BENCHMARKS and not own else Source.template,)
+    templates = (BENCHMARKS[name].template if name in BENCHMARKS and not path else Source.template,)
     readable = [classname.replace("_", " ") for classname in classnames]
     found = find_files(folder, split)
-    return Benchmark(name, readable, templates, **found, folder=folder, own=own, class_ids=class_ids)
+    return Benchmark(name, readable, templates, **found, folder=folder, own=bool(path), class_ids=class_ids)
 
 
-def known_name(name):
-    """The name as BENCHMARKS or WORLD spells it, or None."""
+def identify(name_or_folder):
+    """-> the name of a data set and "", or a user's own folder's name and its path."""
     names = {alias: known for known, source in BENCHMARKS.items() for alias in (known, *source.aliases)}
     plain = {re.sub("[-_ ]", "", alias): known for alias, known in (names | {world: world for world in WORLD}).items()}
-    return plain.get(re.sub("[-_ ]", "", name.lower()))
+    folder = Path(name_or_folder).expanduser()
+    if known := plain.get(re.sub("[-_ ]", "", str(name_or_folder).lower())):
+        return known, ""
+    if not folder.is_dir():
+        known = ", ".join([*BENCHMARKS, *WORLD])
+        raise UserError(f"no data set or folder is called {name_or_folder}: give a folder, or one of {known}")
+    return folder.resolve().name, str(folder.resolve())
 
 
 @functools.cache     # each message once, also when several seeds load the same data
@@ -400,21 +404,33 @@ def augment(resolution, scale=(0.08, 1.0)):
     return T.Compose([crop, T.RandomHorizontalFlip(), T.ToTensor(), T.Normalize(MEAN, STD)])
 
 
+# ---- Batches ----
+
+
 class Pictures(Dataset):
-    """(path, label) -> (tensor, label). A picture that cannot be read stops the run: skipping changes the score."""
+    """(number of a picture, random seed of its transform or None) -> (tensor, label).
+
+    A picture that cannot be read stops the run: skipping it would change the score.
+    """
 
     def __init__(self, items, transform, own=False):
         self.items, self.transform, self.own = items, transform, own
-        self.kept = None
+        self.decoded = None
 
     def __len__(self):
         return len(self.items)
 
-    def __getitem__(self, index):
-        path, label = self.items[index]
-        return self.transform(self.kept[index] if self.kept else read(path, self.own)), label
+    def __getitem__(self, key):
+        number, seed = key
+        path, label = self.items[number]
+        picture = self.decoded[number] if self.decoded else read(path, self.own)
+        if seed is None:
+            return self.transform(picture), label
+        with torch.random.fork_rng(devices=[]):     # torchvision draws from PyTorch's stream, which is not ours to use
+            torch.default_generator.manual_seed(seed)
+            return self.transform(picture), label
 
-    def keep(self, limit_bytes=KEEP_BYTES):
+    def decode_all(self, limit_bytes=KEEP_BYTES):
         """Decode all pictures once, into memory, if they fit; transforms still run each time. -> whether they fit."""
         size = 0
         for path, _ in self.items:
@@ -423,8 +439,62 @@ class Pictures(Dataset):
             if size > limit_bytes:
                 return False
         with ThreadPoolExecutor() as pool:
-            self.kept = list(pool.map(lambda item: read(item[0], self.own), self.items))
+            self.decoded = list(pool.map(lambda item: read(item[0], self.own), self.items))
         return True
+
+
+class Batches:
+    """Batches of images (B, 3, R, R) and labels (B,) on a device.
+
+    `for images, labels in batches` walks through all pictures in their order. `epoch(number)` walks through them in a
+    random order, without the last short batch if `drop_last`. With a `seed` each walk augments the pictures anew; order
+    and augmentation depend on the seed, the epoch and the picture alone, not on how many workers there are.
+    """
+
+    def __init__(self, pictures, batch_size, device, workers=0, seed=None, drop_last=False):
+        self.pictures, self.device, self.batch_size, self.seed = pictures, device, batch_size, seed
+        self.drop_last = drop_last and len(pictures) >= batch_size     # a short batch stays if it is the only one
+        self.walks, self.keys = 0, []
+        fork = "fork" if workers and sys.platform == "linux" else None     # shares decoded pictures without a copy
+        self.loader = DataLoader(pictures, batch_sampler=self.keys, num_workers=workers, persistent_workers=workers > 0,
+                                 multiprocessing_context=fork, pin_memory=device.type == "cuda",
+                                 generator=torch.Generator())     # of its own: a walk must not move PyTorch's stream
+
+    def __len__(self):
+        """Batches of an epoch."""
+        return (len(self.pictures) if self.drop_last else len(self.pictures) + self.batch_size - 1) // self.batch_size
+
+    def __iter__(self):
+        self.walks += 1
+        return self.walk(range(len(self.pictures)), -self.walks)
+
+    def epoch(self, number):
+        """Batches in random order, the same for the same seed and number."""
+        order = list(range(len(self.pictures)))
+        random.Random(f"order {self.seed} {number}").shuffle(order)
+        return self.walk(order[: len(self) * self.batch_size], number)
+
+    def walk(self, order, number):
+        seeds = [None] * len(self.pictures)
+        if self.seed is not None:
+            rng = random.Random(f"augmentation {self.seed} {number}")
+            seeds = [rng.getrandbits(32) for _ in seeds]
+        keys = [(i, seeds[i]) for i in order]
+        self.keys[:] = [keys[start : start + self.batch_size] for start in range(0, len(keys), self.batch_size)]
+        for images, labels in self.loader:
+            yield images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
+
+
+def few_shot_batches(bench, resolution, recipe, seed, device, workers):
+    """The training pictures, augmented; decoded once if they fit into memory."""
+    pictures = Pictures(bench.train, augment(resolution, recipe["crop_scale"]), bench.own)
+    pictures.decode_all()
+    return Batches(pictures, recipe["batch_size"], device, workers, seed, recipe.get("drop_last", True))
+
+
+def plain_batches(bench, items, resolution, device, workers, batch_size=100):
+    """Pictures as CLIP sees them, resized and centre-cropped: the test set, for example."""
+    return Batches(Pictures(items, preprocess(resolution), bench.own), batch_size, device, workers)
 
 
 # ---- The embedded world ----

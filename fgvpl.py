@@ -8,8 +8,7 @@ Tip-Adapter-F (Zhang et al., ECCV 2022, arXiv:2207.09519), two limits of the sam
     Att  = Att^{L-1} ... Att^1 per head;  AM = sum over heads of its class-token row, patches only    Eq. 5-7
     O    = the largest connected region of AM above Otsu's threshold
     f    = class token of Block_L(z_{L-1});  f_O = class token of Phi_O(z_{L-1}[x_cls, O, x_FP])      Eq. 8-9
-    w_new = w + alpha p(w)                                                                            Eq. 10
-    path 1:  f w_new^T,  f_O w_new^T                                                                  Eq. 11-12
+    w_new = w + alpha p(w);  path 1:  f w_new^T,  f_O w_new^T                                         Eq. 10-12
     u_new = u + q(u)  for  F, F_O (few-shot pictures), f, f_O                                         Eq. 13-16
     path 2:  phi(f_new F_new^T) L,  phi(f_O,new F_O,new^T) L,  phi(s) = exp(-(1-s))                   Eq. 17-18
     logits = (path 1 + lambda path 2 of f) + beta (the same of f_O), cross-entropy                    Eq. 19
@@ -17,40 +16,24 @@ Tip-Adapter-F (Zhang et al., ECCV 2022, arXiv:2207.09519), two limits of the sam
     x_FP      x_fp          (D,)           learned, zeros at first, through ln_pre as the other tokens
     Phi_O     layer         Block          learned, a copy of CLIP's last
     p, q      p, q          Linear(E, E)   learned, with LeakyReLU(0.2)
-    W         w0            (K, E)         unit rows, from the templates: on ImageNet Tip-Adapter's seven
+    W         zero_shot     (K, E)         unit rows, from the templates: on ImageNet Tip-Adapter's seven
     F, F_O    keys          (2, n, E)      the cache of n few-shot pictures, not learned;  L  labels  (n,)
     lambda    lam           1;  alpha 0.05;  beta 0.5
 
-The paper prints the equations above, alpha, beta, lambda, AdamW at 1e-3 with a cosine, batch 256, the epochs. Printed,
-but not followed: layers are post-norm (Eq. 3-4; CLIP's weights need pre-norm), attention is divided by the root of the
-number of heads (Eq. 5; CLIP's own root of the head's width). It leaves open, and here is chosen:
-  * Scales. Eq. 1 has cos / tau, Eq. 11-19 neither: path 1 is exp(logit_scale) times a cosine, 100 with OpenAI's CLIP,
-    with f unit and w_new not made unit again; phi gets the cosine of adapted features and its result no factor but
-    lambda. p(u) and q(u) are made unit before they are added to the unit u.
-  * Att^{L-1} stands on the left: row i of the product tells how the patches reach token i. No identity is added, no
-    row is renormalised. No gradient flows through O.
-  * Otsu: on 256 levels between the map's extremes. Connected: also over corners; of regions equally large that with
-    the highest attention counts. A map without contrast, NaN or inf: all patches. region="bbox": the box around the
-    same region (the authors' later code boxes the contour of the largest area, which differs for rings).
-  * Phi_O: CLIP's block by default (new_layer="copy"), so that training begins with CLIP's answer; "light" is the size
-    of what the authors' later code defines: one head, one linear layer as MLP, random. CLIP's ln_post and projection
-    serve f_O too.
-  * The cache comes from CLIP without x_FP: means over cache_views augmented views, made unit. F_O averages the object's
-    patches behind Block_L and projects the average as a class token; f_O, its query, is a class token: as printed.
-  * One p and one q for both streams, as the symbols say; share_adapters=False is the later code's two of each.
-  * A training picture meets itself in the cache, as "the so-called test image is from the training set" says;
-    exclude_self=True leaves that out, in the training loss only.
-  * AdamW's eps 1e-4 and weight decay 0.01 (Tip-Adapter's code), crops from half of the picture, the cosine over all
-    steps, no dropped batch. The last epoch's model is reported. Tip-Adapter-F's published numbers are its best test
-    epoch's with alpha and beta chosen on the validation set, on ImageNet the test set: not comparable.
+Printed, but not followed: layers are post-norm (Eq. 3-4; CLIP's weights need pre-norm), attention is divided by the
+root of the number of heads (Eq. 5; CLIP's own root of the head's width). Left open, and here chosen:
+  * Path 1 is exp(logit_scale) times a cosine, with f unit and w_new not made unit again; phi takes the cosine of adapted
+    features. p(u) and q(u) are made unit before they are added to the unit u. One p and one q serve both streams.
+  * Att^{L-1} stands on the left. No identity is added, no row is renormalised. No gradient flows through O.
+  * Otsu's threshold has 256 levels. Regions also connect over corners; of regions equally large that with the highest
+    attention counts. In a map without contrast, NaN or inf all patches are the object.
+  * The cache comes from CLIP without x_FP: means over augmented views, made unit. F_O projects the average of the
+    object's patches behind Block_L; f_O, its query, is a class token: as printed. A picture meets itself in the cache.
+  * AdamW's eps 1e-4 and weight decay 0.01 (Tip-Adapter's), crops from half of the picture, the cosine over all steps,
+    no dropped batch. The last epoch's model is reported, where Tip-Adapter-F's published numbers are its best test epoch's.
 
-Rollout, exact and cheap: only one row of the product is needed, so a vector goes through the layers from the last to
-the first, N^2 per layer and head instead of N^3. The blocks run scaled_dot_product_attention; the weights are computed
-again, one layer at a time, from its input, which autograd keeps anyway (without gradients the inputs take 0.7 GB at
-batch 100 on ViT-B/16). No N x N map is stored: the peak is one layer's, before and after softmax, 1 GB in fp32 at batch
-256, where all eleven would take 5.3 GB.
-
-Copy this file and clip_min.py anywhere. B images, K classes, N patches, D width of the image tower, E joint width.
+To use it elsewhere, copy this file, clip_min.py and assets/bpe_merges.txt.gz.
+B images, K classes, N patches, n cached pictures, H heads, D width of the image tower, E joint width.
 """
 
 import math
@@ -59,24 +42,31 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from clip_min import Block, UserError, full_precision
+from clip_min import Block, Method, UserError, full_precision
 
 SEVEN = ("itap of a {}.", "a bad photo of the {}.", "a origami {}.", "a photo of the large {}.",
          "a {} in a video game.", "art of the {}.", "a photo of the small {}.")
 
 
-class FGVPL(nn.Module):
-    """parts: "fvp+tar"; "fvp", prompt and object branch with the templates' classifier; "tar", both pathways on CLIP's
-    own image feature; "tip" and "tip-f", Tip-Adapter and with learned keys: no adapters, lam is its alpha, its beta 1.
+class FGVPL(Method):
+    """FG-VPL, its parts, and Tip-Adapter. Learns 7,613,952 numbers on ViT-B by default.
 
-    Learns on ViT-B: 7,613,952 numbers (new_layer="light" 3,482,112), tar 525,312, tip-f n x E. For all but fvp call
-    prepare() before the optimizer is made: it builds the cache; without it the second path adds nothing.
+    `parts` is what is built:
+      "fvp+tar"  FG-VPL, all of the above
+      "fvp"      prompt and object branch, with the templates' classifier: no adapters, no cache
+      "tar"      both pathways on CLIP's own image feature                              (525,312)
+      "tip"      Tip-Adapter: no adapters, nothing learned; lam is its alpha, its beta is 1
+      "tip-f"    Tip-Adapter-F: the same with learned keys                              (n * E)
+    `alpha`, `beta`, `lam`: see Eq. 10 and 19. The object is the largest region, or with `region="bbox"` the box around
+    it. `new_layer="light"` is the size that the authors' later code defines, at random: one head and a linear layer as
+    MLP (3,482,112). `share_adapters=False` gives each stream its own p and q, as the later code does. The cache is the
+    mean of `cache_views` augmented views, built by prepare(), before the optimizer; without it path 2 adds nothing.
     """
 
     # FG-VPL, Section 4.2. Tip-Adapter-F: its own epochs, the rest is the same.
     recipe = dict(
-        optimizer="adamw", lr=0.001, cosine="steps", warmup_epochs=0, batch_size=256, drop_last=False,
-        crop_scale=(0.5, 1.0), epochs=100,
+        optimizer="adamw", eps=1e-4, weight_decay=0.01, lr=0.001, cosine="steps", warmup_epochs=0, batch_size=256,
+        drop_last=False, crop_scale=(0.5, 1.0), epochs=100,
         datasets={"imagenet": dict(epochs=50, templates=SEVEN), "eurosat": dict(epochs=400)},
         variants={"parts=tip": dict(epochs=0, datasets={"imagenet": dict(templates=SEVEN)}),
                   "parts=tip-f": dict(epochs=20, datasets={"imagenet": dict(templates=SEVEN),
@@ -84,36 +74,37 @@ class FGVPL(nn.Module):
     )
 
     def __init__(self, clip, classnames, templates=("a photo of a {}.",), *, parts="fvp+tar", alpha=0.05, beta=0.5,
-                 lam=1.0, region="component", new_layer="copy", share_adapters=True, exclude_self=False,
-                 cache_views=10):
-        super().__init__()
+                 lam=1.0, region="component", new_layer="copy", share_adapters=True, cache_views=10):
+        super().__init__(clip, classnames, templates)
         if parts not in ("fvp+tar", "fvp", "tar", "tip", "tip-f"):
             raise UserError(f"parts is {parts}: choose fvp+tar, fvp, tar, tip or tip-f.")
-        if region not in ("component", "bbox") or new_layer not in ("copy", "light") or cache_views < 1:
-            raise UserError(f"region is {region}, new_layer {new_layer} and cache_views {cache_views}: choose "
-                            "component or bbox, copy or light, and 1 or more.")
-        self.clip, self.alpha, self.beta, self.lam = clip.requires_grad_(False), alpha, beta, lam
-        self.parts, self.region, self.exclude_self, self.cache_views = parts, region, exclude_self, cache_views
-        self.prompts = [templates[0].format(name.replace("_", " ")) for name in classnames]  # for people to read
-        self.register_buffer("w0", clip.classifier(classnames, templates), persistent=False)
+        if region not in ("component", "bbox") or new_layer not in ("copy", "light"):
+            raise UserError(f"region is {region} and new_layer {new_layer}: choose component or bbox, copy or light.")
+        if cache_views < 1:
+            raise UserError(f"cache_views is {cache_views}: choose 1 or more.")
+        self.alpha, self.beta, self.lam = alpha, beta, lam
+        self.parts, self.region, self.cache_views = parts, region, cache_views
         self.has_object, self.has_adapters, self.has_cache = "fvp" in parts, "tar" in parts, parts != "fvp"
-        visual, joint, device = clip.visual, self.w0.shape[1], self.w0.device
+        visual, joint, device = clip.visual, self.zero_shot.shape[1], self.zero_shot.device
         if self.has_object:
             width = len(visual.class_embedding)
             self.x_fp = nn.Parameter(torch.zeros(width, device=device))
             self.layer = Block(width, last=True).to(device)
             if new_layer == "copy":
                 self.layer.load_state_dict(visual.blocks[-1].state_dict())
-            else:  # one head, an MLP of one linear layer and QuickGELU, PyTorch's initialisation
+            else:  # PyTorch's initialisation of attention
                 self.layer.attn.heads = 1
                 self.layer.mlp = nn.ModuleDict({"c_fc": nn.Linear(width, width), "c_proj": nn.Identity()}).to(device)
                 nn.init.xavier_uniform_(self.layer.attn.in_proj_weight)
                 nn.init.zeros_(self.layer.attn.in_proj_bias)
                 nn.init.zeros_(self.layer.attn.out_proj.bias)
-        if self.has_adapters:  # for the image's stream and, if not shared, for the object's
-            number = 1 if share_adapters else 1 + self.has_object
-            self.p, self.q = (nn.ModuleList(nn.Linear(joint, joint) for _ in range(number)).to(device) for _ in "pq")
-        self.reserve(0)
+        if self.has_adapters:  # one for the image's stream and, if not shared, one for the object's
+            number = 2 if self.has_object and not share_adapters else 1
+            self.p = nn.ModuleList(nn.Linear(joint, joint) for _ in range(number)).to(device)
+            self.q = nn.ModuleList(nn.Linear(joint, joint) for _ in range(number)).to(device)
+        if self.has_cache:
+            empty = self.zero_shot.new_zeros(1 + self.has_object, 0, joint)
+            self.set_cache(empty, torch.zeros(0, dtype=torch.long, device=device))
 
     # ---- The image encoder ----
 
@@ -125,75 +116,100 @@ class FGVPL(nn.Module):
             return z
         return torch.cat([z, visual.ln_pre(self.x_fp).expand(len(z), 1, -1)], dim=1)  # Eq. 2; ln_pre works per token
 
-    def walk(self, z):
-        """z_0 -> z_{L-1} and AM (B, N)."""
+    def all_blocks_but_last(self, z):
+        """z_0 -> z_{L-1} and AM (B, N).
+
+        The blocks use fused attention, which shows no weights. The rollout computes them again, one layer at a time,
+        from the layer's input, which autograd keeps anyway: no weights (B, H, N, N) are stored beyond one layer's.
+        """
         inputs = []
         for block in self.clip.visual.blocks[:-1]:
             inputs.append(z)
             z = block(z)
-        return z, self.rollout(inputs, z)
+        return z, self.rollout(inputs)
 
     @torch.no_grad()
-    def rollout(self, inputs, z):
-        """z_0 .. z_{L-2} and z_{L-1}, all (B, 1+N or 1+N+1, D) -> AM (B, N)."""
+    def rollout(self, inputs):
+        """z_0 .. z_{L-2}, each (B, 1+N or 1+N+1, D) -> AM (B, N).
+
+        Only the class token's row of the product is needed: a vector goes through the layers from the last to the
+        first, N^2 per layer and head instead of N^3.
+        """
+        blocks, z = self.clip.visual.blocks[:-1], inputs[0]
         n = len(self.clip.visual.positional_embedding)  # class token and patches
-        row = z.new_zeros(len(z), self.clip.visual.blocks[0].attn.heads, 1, z.shape[1], dtype=torch.float32)
+        row = z.new_zeros(len(z), blocks[0].attn.heads, 1, z.shape[1], dtype=torch.float32)
         row[..., 0] = 1  # the class token's row of the identity, times Att^{L-1}, ..., times Att^1
-        for block, x in zip(reversed(self.clip.visual.blocks[:-1]), reversed(inputs), strict=True):
-            weights = block.attention_weights(x)  # (B, H, n or n+1, the same), Eq. 5
+        for block, x in zip(reversed(blocks), reversed(inputs), strict=True):
+            weights = block.attention_weights(x)  # (B, H, n or n+1, the same)                                Eq. 5
             with full_precision(x.device):
-                row = row @ weights.float()  # (B, H, 1, n or n+1), Eq. 6
+                row = row @ weights.float()  # (B, H, 1, n or n+1)                                            Eq. 6
         return row[:, :, 0, 1:n].sum(dim=1)  # Eq. 7
 
-    def encode_image(self, images):
-        """-> f (B, E) and, with the object branch, f_O (B, E)."""
+    def streams(self, images):
+        """images (B, 3, R, R) -> f (B, E) and, with the object branch, f_O (B, E)."""
         visual = self.clip.visual
         if not self.has_object:
             return (self.clip.encode_image(images),)
-        z, am = self.walk(self.embed(images))
+        z, am = self.all_blocks_but_last(self.embed(images))
         seen = F.pad(object_patches(am, self.region), (1, 1), value=True)  # (B, 1+N+1): x_cls, O, x_FP
         f = visual.project(visual.blocks[-1](z))  # Eq. 8
         f_o = visual.project(self.layer(z, mask=seen))  # Eq. 9: what is not a key is as good as not there
         return f, f_o
 
+    def encode_image(self, images, text=None):
+        """images (B, 3, R, R) -> f (B, E)."""
+        return self.streams(images)[0]
+
     # ---- The cache ----
 
-    def reserve(self, n):
-        """Room for n pictures in the cache, which prepare() fills, or load_state_dict()."""
-        if not self.has_cache:
-            return
-        keys = self.w0.new_zeros(1 + self.has_object, n, self.w0.shape[1])
-        if self.parts == "tip-f":
-            self.keys = nn.Parameter(keys)
-        else:
-            self.register_buffer("keys", keys)
-        self.register_buffer("labels", torch.zeros(n, dtype=torch.long, device=keys.device))
+    def set_cache(self, keys, labels):
+        """keys (1 or 2, n, E), unit rows, of the image's stream and the object's; labels (n,)."""
+        self.keys = nn.Parameter(keys) if self.parts == "tip-f" else nn.Buffer(keys)
+        self.labels = nn.Buffer(labels)
 
     @torch.no_grad()
     def prepare(self, batches):
-        """Build the cache. batches: (images, labels) of the few-shot set on CLIP's device; no generator, since it is
-        walked through cache_views times, and not shuffled: in the same order, with augmentations drawn anew."""
+        """Build the cache from the few-shot pictures. batches: (images, labels), walked through cache_views times."""
         if not self.has_cache:
             return
         total = 0
         for _ in range(self.cache_views):
-            features, labels = zip(*((self.cache_features(images), labels) for images, labels in batches), strict=True)
+            features, labels = [], []
+            for images, of_images in batches:
+                features.append(self.cache_features(images))
+                labels.append(of_images)
             total = total + torch.cat(features, dim=1).float()  # (1 or 2, n, E)
-        if len(self.labels) != total.shape[1]:
-            self.reserve(total.shape[1])
-        self.keys.copy_(F.normalize(total, dim=-1))
-        self.labels.copy_(torch.cat(labels))
+        self.set_cache(F.normalize(total, dim=-1), torch.cat(labels))
 
     def cache_features(self, images):
         """-> F and, with the object branch, F_O (1 or 2, B, E), from CLIP without the prompt; not normalised."""
         visual = self.clip.visual
         if not self.has_object:
             return self.clip.encode_image(images).unsqueeze(0)
-        z, am = self.walk(visual.embed(images))
-        z = visual.blocks[-1](z, every=True)  # (B, 1+N, D)
+        z, am = self.all_blocks_but_last(visual.embed(images))
+        z = visual.blocks[-1](z, all_tokens=True)  # (B, 1+N, D)
         seen = object_patches(am, self.region).unsqueeze(-1)  # (B, N, 1)
-        patches = (z[:, 1:] * seen).sum(dim=1, keepdim=True) / seen.sum(dim=1, keepdim=True)
+        patches = (z[:, 1:] * seen).sum(dim=1, keepdim=True) / seen.sum(dim=1, keepdim=True)  # (B, 1, D)
         return torch.stack([visual.project(z), visual.project(patches)])
+
+    def load_learned(self, tensors):
+        """See Method. The cache takes the size of the one that is loaded."""
+        if self.has_cache and {"keys", "labels"} <= tensors.keys():
+            n = len(tensors["labels"])
+            self.set_cache(self.keys.detach().new_zeros(len(self.keys), n, self.keys.shape[2]), self.labels.new_zeros(n))
+        super().load_learned(tensors)
+
+    def for_classes(self, classnames, columns=None):
+        """See Method. The cache holds pictures of the training classes: `columns` tells which of them to keep."""
+        if self.has_cache and columns is None:
+            raise UserError("A cache of few-shot pictures (parts other than fvp) belongs to the classes that it was built "
+                            "for: train with parts=fvp to use other class names.")
+        other = super().for_classes(classnames)
+        if self.has_cache:
+            same = self.labels.unsqueeze(1) == torch.tensor(columns, device=self.labels.device)  # (n, new K)
+            kept = same.any(dim=1)
+            other.set_cache(self.keys.detach()[:, kept], same[kept].long().argmax(dim=1))
+        return other
 
     # ---- Two-pathway recognition ----
 
@@ -203,11 +219,11 @@ class FGVPL(nn.Module):
 
     def adapted_text(self, stream):  # Eq. 10; stream 0 is the image's, -1 the object's: the same where p is shared
         if not self.has_adapters:
-            return self.w0
-        with full_precision(self.w0.device):
-            return self.w0 + self.alpha * adapted(self.p[stream], self.w0)
+            return self.zero_shot
+        with full_precision(self.zero_shot.device):
+            return self.zero_shot + self.alpha * adapt(self.p[stream], self.zero_shot)
 
-    def pathways(self, f, stream, text, rows):
+    def pathways(self, f, stream, text):
         """Features (B, E) of a stream -> path 1 + lambda path 2 (B, K)."""
         f = F.normalize(f.float(), dim=-1)
         logits = self.clip.logit_scale.exp() * f @ text.T  # Eq. 11-12
@@ -215,42 +231,30 @@ class FGVPL(nn.Module):
             return logits
         keys = self.keys[stream]  # (n, E)
         if self.has_adapters:
-            f, keys = (F.normalize(u + adapted(self.q[stream], u), dim=-1) for u in (f, keys))  # Eq. 13-16
+            f, keys = (F.normalize(u + adapt(self.q[stream], u), dim=-1) for u in (f, keys))  # Eq. 13-16
         affinity = torch.exp(f @ keys.T - 1)  # (B, n), phi
-        if rows is not None:
-            affinity = affinity.scatter(1, rows.unsqueeze(1), 0)
         return logits + self.lam * torch.zeros_like(logits).index_add(1, self.labels, affinity)  # Eq. 17-18: @ L
 
-    def features(self, images, text=None):
-        """images (B, 3, R, R), text (K, E) or None to compute it -> f (B, E), w_new (K, E)."""
-        return self.encode_image(images)[0], self.encode_text() if text is None else text
-
-    def forward(self, images, text=None, rows=None):
-        """-> logits (B, K). rows (B,): entries of the cache that these pictures are not to meet, one each."""
+    def forward(self, images, text=None):
+        """images (B, 3, R, R), text (K, E) or None to compute it -> logits (B, K)."""
         text = self.encode_text() if text is None else text
-        features = self.encode_image(images)
+        features = self.streams(images)
         with full_precision(images.device):  # the adapters too: in half precision they lose their small steps
-            logits = self.pathways(features[0], 0, text, rows)
+            logits = self.pathways(features[0], 0, text)
             if self.has_object:
                 shared = not self.has_adapters or len(self.p) == 1
                 text = text if shared else self.adapted_text(-1)
-                logits = logits + self.beta * self.pathways(features[1], -1, text, rows)  # Eq. 19
+                logits = logits + self.beta * self.pathways(features[1], -1, text)  # Eq. 19
         return logits
-
-    def loss(self, images, labels, epoch=0, rows=None):
-        """labels (B,), rows (B,) the pictures' places in the cache, for exclude_self -> scalar cross-entropy."""
-        if self.exclude_self and rows is None:
-            raise UserError("exclude_self leaves a picture's own entry out of the cache: give loss() its rows there.")
-        return F.cross_entropy(self(images, rows=rows if self.exclude_self else None), labels)
 
     @torch.no_grad()
     def attention(self, images):
-        """-> AM (B, N), what is above Otsu's threshold (B, N), the object O (B, N): what the method looks at."""
-        am = self.walk(self.embed(images))[1]
-        return am, above_otsu(am), object_patches(am, self.region)
+        """See Method. -> AM, what is above Otsu's threshold, and the object O, by title, each (B, N)."""
+        am = self.all_blocks_but_last(self.embed(images))[1]
+        return {"attention": am, "above Otsu's threshold": above_otsu(am), "object": object_patches(am, self.region)}
 
 
-def adapted(adapter, u):
+def adapt(adapter, u):
     """p and q: unit rows (..., E) -> what is added to them, made unit."""
     return F.normalize(F.leaky_relu(adapter(u), 0.2), dim=-1)
 
