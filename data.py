@@ -19,6 +19,7 @@ The protocol is that of CoOp (arXiv:2109.01134, github.com/KaiyangZhou/CoOp), so
 - the whole test set, resized and centre-cropped as CLIP does (clip_min.preprocess); random crops and flips to train.
 """
 
+import csv
 import functools
 import hashlib
 import itertools
@@ -126,6 +127,35 @@ def load(name_or_folder, root="data", shots=16, seed=1):
     readable = [classname.replace("_", " ") for classname in classnames]
     found = find_files(folder, split)
     return Benchmark(name, readable, templates, **found, folder=folder, own=bool(path), class_ids=class_ids)
+
+
+def columns(target, class_ids):
+    """Which of the training classes, whose numbers in ImageNet are class_ids, are the target's; None if not all are."""
+    if class_ids and target.class_ids and set(target.class_ids) <= set(class_ids):
+        return [class_ids.index(i) for i in target.class_ids]
+    return None
+
+
+def require_same_classes(bench, targets):
+    """The targets' classes are to be bench's or some of them, and each is another data set."""
+    for i, target in enumerate(targets):
+        if target.name in [bench.name, *(other.name for other in targets[:i])]:
+            raise UserError(f"--eval-on names {target.name}, which is tested already: name each data set once")
+        if target.classnames != bench.classnames and columns(target, bench.class_ids) is None:
+            raise UserError(f"the classes of {target.name} are not those of {bench.name}: give --eval-on shifted data "
+                            "of the same classes")
+
+
+def published(run, data_name):
+    """What the papers report for a run, or for its shifts: [(accuracy, "DPT, Table II"), ...], one, several or none."""
+    shots = "0" if run.method == "zeroshot" else str(run.shots)
+    with (ASSETS / "published.csv").open(newline="") as file:
+        rows = [row for row in csv.DictReader(file) if not run.data_path
+                and (row["method"], row["backbone"], row["shots"], row["dataset"])
+                == (run.method, run.backbone, shots, data_name)]
+    changed = {key: value for key, value in run.changed.items() if key != "precision"}
+    return [(float(row["accuracy"]), f"{row['paper']}, {row['table']}") for row in rows
+            if dict(pair.split("=", 1) for pair in row["options"].split(";") if pair) == changed]
 
 
 def identify(name_or_folder):
@@ -481,20 +511,30 @@ class Batches:
             seeds = [rng.getrandbits(32) for _ in seeds]
         keys = [(i, seeds[i]) for i in order]
         self.keys[:] = [keys[start : start + self.batch_size] for start in range(0, len(keys), self.batch_size)]
-        for images, labels in self.loader:
+        for n, (images, labels) in enumerate(self.loader, 1):
+            if number < 0:     # an epoch has a line of its own
+                show(f"pictures  walk {-number}, batch {n} of {len(self.keys)}")
             yield images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
 
 
-def few_shot_batches(bench, resolution, recipe, seed, device, workers):
+def few_shot_batches(bench, clip, recipe, seed, device, workers):
     """The training pictures, augmented; decoded once if they fit into memory."""
-    pictures = Pictures(bench.train, augment(resolution, recipe["crop_scale"]), bench.own)
+    pictures = Pictures(bench.train, augment(clip.visual.resolution, recipe["crop_scale"]), bench.own)
     pictures.decode_all()
     return Batches(pictures, recipe["batch_size"], device, workers, seed, recipe.get("drop_last", True))
 
 
-def plain_batches(bench, items, resolution, device, workers, batch_size=100):
+def plain_batches(items, clip, device, workers, own=False):
     """Pictures as CLIP sees them, resized and centre-cropped: the test set, for example."""
-    return Batches(Pictures(items, preprocess(resolution), bench.own), batch_size, device, workers)
+    return Batches(Pictures(items, preprocess(clip.visual.resolution), own), 100, device, workers)
+
+
+def show(line, keep=False, in_log=False):
+    """One live line on a terminal, written over by the next unless kept. A log gets only the lines meant for it."""
+    if sys.stdout.isatty():
+        print("\r" + line.ljust(70), end="\n" if keep else "", flush=True)
+    elif in_log:
+        print(line, flush=True)
 
 
 # ---- The embedded world ----
