@@ -496,20 +496,16 @@ class Batches:
 
     def __iter__(self):
         self.walks += 1
-        return self.walk(range(len(self.pictures)), -self.walks)
+        return self.walk(-self.walks, range(len(self.pictures)), random.Random(f"{self.seed} {-self.walks}"))
 
     def epoch(self, number):
         """Batches in random order, the same for the same seed and number."""
-        order = list(range(len(self.pictures)))
-        random.Random(f"order {self.seed} {number}").shuffle(order)
-        return self.walk(order[: len(self) * self.batch_size], number)
+        rng, order = random.Random(f"{self.seed} {number}"), list(range(len(self.pictures)))
+        rng.shuffle(order)
+        return self.walk(number, order[: len(self) * self.batch_size], rng)
 
-    def walk(self, order, number):
-        seeds = [None] * len(self.pictures)
-        if self.seed is not None:
-            rng = random.Random(f"augmentation {self.seed} {number}")
-            seeds = [rng.getrandbits(32) for _ in seeds]
-        keys = [(i, seeds[i]) for i in order]
+    def walk(self, number, order, rng):
+        keys = [(i, None if self.seed is None else rng.getrandbits(32)) for i in order]
         self.keys[:] = [keys[start : start + self.batch_size] for start in range(0, len(keys), self.batch_size)]
         for n, (images, labels) in enumerate(self.loader, 1):
             if number < 0:     # an epoch has a line of its own
