@@ -19,12 +19,12 @@ import itertools
 import json
 import math
 import os
-import statistics
 import sys
 import tempfile
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -33,7 +33,7 @@ from clip_min import Method, UserError, load_clip
 from coop import CoOp
 from dpt import CAVPT, DPT, VLP
 from fgvpl import FGVPL
-from upt import UPT, inter_class_variance, intra_class_variance
+from upt import UPT, variances
 from vpt import VPT
 
 METHODS = {"zeroshot": Method, "coop": CoOp, "vpt": VPT, "vlp": VLP, "cavpt": CAVPT, "dpt": DPT, "upt": UPT,
@@ -60,14 +60,13 @@ class Settings:
     @property
     def folder(self):
         """DATA/METHOD/BACKBONE_SHOTSshot_seedS; METHOD tells what was changed, such as upt,mode=mlp."""
+        def name(text, path=""):  # two paths that end alike stay apart
+            digest = hashlib.sha256(path.encode("utf-8", "surrogateescape")).hexdigest()[:6]
+            return text.replace("/", "-") + (f"-{digest}" if path else "")
+
         method = ",".join([self.method, *(f"{key}={value}" for key, value in self.changed.items())])
-        run = f"{folder_name(self.backbone, self.backbone_path)}_{self.shots}shot_seed{self.seed}"
-        return Path(folder_name(self.data, self.data_path), method.replace("/", "-"), run)
-
-
-def folder_name(name, path):
-    digest = hashlib.sha256(path.encode("utf-8", "surrogateescape")).hexdigest()
-    return name.replace("/", "-") + (f"-{digest[:6]}" if path else "")  # two paths that end alike stay apart
+        run = f"{name(self.backbone, self.backbone_path)}_{self.shots}shot_seed{self.seed}"
+        return Path(name(self.data, self.data_path), name(method), run)
 
 
 @dataclass(frozen=True)
@@ -110,18 +109,13 @@ def run(settings, args, machine):
     torch.manual_seed(settings.seed)  # initial prompts and dropout; pictures have random streams of their own
     method = METHODS[settings.method](clip, bench.classnames, templates, **settings.options).to(machine.device)
     trainable = sum(p.numel() for p in method.parameters() if p.requires_grad)
-    for name, value in asdict(settings).items():
-        if value not in ("", {}):
-            print(f"{name:13} {value}")
-    print(f"{len(bench.classnames)} classes, {len(bench.train)} training and {len(bench.test)} test pictures, "
-          f"{trainable:,} numbers to learn, on {machine.device.type} in {machine.dtype or torch.float32}")
-    print(f"prompts       {' | '.join(method.prompt_texts[:3])}")
+    print_settings(settings, bench, machine, method, trainable)
 
     test = data.plain_batches(bench.test, clip, machine.device, machine.workers, bench.own)
     zero_shot = Method(clip, bench.classnames, templates)
     before = after = evaluate(zero_shot, test, machine)
-    print(f"zero-shot     {before.accuracy:.2f} %")
-    variance = {"before": variances(zero_shot, test, machine)} if args.variance else {}
+    print(f"zero-shot   {before.accuracy:.2f} %")
+    variance = {"before": variances(zero_shot, test, machine.autocast())} if args.variance else {}
     began, losses = time.time(), []
     if recipe:
         few_shot = data.few_shot_batches(bench, clip, recipe, settings.seed, machine.device, machine.workers)
@@ -132,20 +126,20 @@ def run(settings, args, machine):
     if recipe:
         after = evaluate(method, test, machine)
     if after.accuracy < before.accuracy:
-        print(f"warning: {advice(method, bench, recipe, before, machine)}")
+        print(f"warning: {advice(after, len(losses), math.log(len(bench.classnames)))}")
     papers = data.published(settings, settings.data)
-    print(f"accuracy      {after.accuracy:.2f} % of the test pictures after the last epoch{quoted(papers)}")
+    print(f"accuracy    {after.accuracy:.2f} % of the test pictures after the last epoch{quoted(papers)}")
     if args.variance:
-        variance["after"] = variances(method, test, machine)
-        print(f"variance      {variance}")
+        variance["after"] = variances(method, test, machine.autocast())
+        print(f"variance    {variance}")
     shifts = {}
     for target in targets:
         shifts[target.name] = evaluate_on(method, target, bench.class_ids, machine).accuracy
-        print(f"{target.name:13} {shifts[target.name]:.2f} % of {len(target.test)} test pictures"
+        print(f"{target.name:11} {shifts[target.name]:.2f} % of {len(target.test)} test pictures"
               f"{quoted(data.published(settings, target.name))}")
     if shifts:
-        print(f"average       {statistics.mean([after.accuracy, *shifts.values()]):.2f} % with {bench.name}, "
-              f"{statistics.mean(shifts.values()):.2f} % of the shifted alone (OOD average)")
+        print(f"average     {(after.accuracy + sum(shifts.values())) / (1 + len(shifts)):.2f} % with {bench.name}, "
+              f"{sum(shifts.values()) / len(shifts):.2f} % of the shifted alone (OOD average)")
 
     paper, source = papers[0] if papers else (None, None)
     device = torch.cuda.get_device_name(machine.device) if machine.device.type == "cuda" else machine.device.type
@@ -155,7 +149,17 @@ def run(settings, args, machine):
         variance=variance, trainable_parameters=trainable, seconds_training=seconds_training,
         seconds_total=time.time() - started, epochs=len(losses), losses=losses, picks=bench.picks,
         torch=torch.__version__, device=device))
-    print(f"saved         {folder}")
+    print(f"saved       {folder}")
+
+
+def print_settings(settings, bench, machine, method, trainable):
+    recipe = {key: value for key, value in settings.recipe.items() if key != "templates"}
+    print(f"method      {settings.method} {settings.options or ''}")
+    print(f"data        {bench.name}: {len(bench.classnames)} classes, {len(bench.train)} training pictures "
+          f"({settings.shots or 'all'} per class, seed {settings.seed}), {len(bench.test)} test pictures")
+    print(f"backbone    {settings.backbone} on {machine.device.type}, {machine.dtype or torch.float32}")
+    print(f"recipe      {', '.join(f'{key} {value}' for key, value in recipe.items()) or 'nothing to train'}")
+    print(f"prompts     {' | '.join(method.prompt_texts[:3])} ({trainable:,} numbers to learn)")
 
 
 def train(method, few_shot, recipe, machine):
@@ -181,7 +185,7 @@ def train(method, few_shot, recipe, machine):
             scaler.update()
             losses.append(loss.detach())  # read once per epoch: reading each would make a GPU wait
         losses = torch.stack(losses).tolist()
-        means.append(statistics.mean(losses))
+        means.append(sum(losses) / len(losses))
         current = "/".join(dict.fromkeys(f"{group['lr']:.2g}" for group in optimizer.param_groups))
         require_finite(losses, method, f"in epoch {epoch + 1}", current)
         left = (time.time() - began) / (epoch + 1) * (epochs - epoch - 1)
@@ -208,14 +212,11 @@ def require_finite(losses, method, when, rates):
                         f"at learning rate {rates}: nothing was saved, try a smaller --lr or --precision fp32.")
 
 
-@dataclass
-class Evaluation:
-    """Of pictures in their order: accuracy in percent (micro average), mean cross-entropy, classes and probabilities."""
-
-    accuracy: float
-    cross_entropy: float
-    predicted: list
-    probability: list
+class Evaluation(NamedTuple):
+    accuracy: float  # in percent, the micro average
+    cross_entropy: float  # the mean
+    predicted: list  # a class for each picture, in their order
+    probability: list  # of that class
 
 
 @torch.no_grad()
@@ -243,29 +244,11 @@ def evaluate_on(method, target, class_ids, machine):
     return evaluate(method, batches, machine)
 
 
-def advice(method, bench, recipe, zero_shot, machine):
-    """What to try where a run ended below zero-shot CLIP. How it does on its training pictures tells."""
-    batches = data.plain_batches(bench.train, method.clip, machine.device, machine.workers, bench.own)
-    trained, chance = evaluate(method, batches, machine), math.log(len(bench.classnames))
-    if trained.accuracy >= zero_shot.accuracy:
-        what = "It knows its training pictures, and that does not carry over: try more --shots."
-    elif trained.cross_entropy > 0.97 * chance and recipe["epochs"] >= recipe["warmup_epochs"] + 10:
-        what = "It has collapsed: try a smaller --lr."
-    else:
-        what = "It has not learned its training pictures yet: try more --epochs."
-    return (f"this is below zero-shot CLIP. On its training pictures the method has {trained.accuracy:.2f} % and a "
-            f"cross-entropy of {trained.cross_entropy:.2f} (chance: {chance:.2f}). {what}")
-
-
-@torch.no_grad()
-def variances(method, batches, machine):
-    """-> UPT's Var_v (Eq. 6-7) of the test pictures and Var_t (Eq. 8) of the classifier, by name, of unit features."""
-    method.eval()
-    with machine.autocast():
-        text = method.encode_text()
-        features, labels = zip(*((method.encode_image(images, text), labels) for images, labels in batches), strict=True)
-    return {"image_within_classes": intra_class_variance(torch.cat(features), torch.cat(labels)).item(),
-            "text_between_classes": inter_class_variance(text).item()}
+def advice(after, epochs, chance):
+    """What to try where a run ends below zero-shot CLIP. chance: the cross-entropy of not knowing anything, ln K."""
+    collapsed = after.cross_entropy > 0.97 * chance and epochs > 20
+    return (f"this is below zero-shot CLIP, with a cross-entropy of {after.cross_entropy:.2f} (chance: {chance:.2f}): try "
+            f"{'a smaller --lr' if collapsed else 'more --epochs or --shots'}.")
 
 
 # ---- Settings ----
@@ -277,23 +260,22 @@ def parse_arguments(argv):
     add("--method", nargs="+", default=["coop"], choices=METHODS, metavar="METHOD", help=", ".join(METHODS))
     add("--data", nargs="+", default=["shapes"], help="data sets' names or folders of pictures (default: shapes)")
     add("--root", default="data", help="where data sets are, or are put (default: data)")
-    add("--shots", type=above(-1, int), nargs="+", default=[16], help="pictures per class, 0 for all (default: 16)")
+    add("--shots", type=above(-1, int), nargs="+", default=[16], help="per class, 0 for all pictures (default: 16)")
     add("--seeds", type=int, nargs="+", default=[1], help="one run each (default: 1)")
-    add("--backbone", help="tiny, ViT-B/32, ViT-B/16, ViT-L/14, ViT-L/14@336px or a weights file (default: tiny for "
-        "drawn data, else ViT-B/16)")
+    add("--backbone", help="tiny, ViT-B/32, ViT-B/16, ViT-L/14, ViT-L/14@336px or a weights file (default: ViT-B/16, for "
+        "drawn data tiny)")
     add("--epochs", type=above(0, int), help="default: the recipe's, as for the three below")
     add("--lr", type=above(0, float), help="rates of single parts, such as DPT's text prompts, scale with it")
     add("--warmup-epochs", type=above(-1, int), help="of all parts")
     add("--batch-size", type=above(0, int))
-    add("--device", help="cuda, cpu, ... (default: cuda where there is one)")
-    add("--precision", choices=["auto", "fp32", "bf16", "fp16"], default="auto",
-        help="of the frozen towers; learned tensors are always fp32 (auto: bf16 or fp16 on CUDA)")
-    add("--workers", type=above(-1, int), help="processes that read pictures (default: 0 on a CPU, else up to 8)")
     add("--set", nargs="+", action="extend", default=[], metavar="key=value", help="options of the method")
-    add("--eval-on", nargs="+", action="extend", default=[], metavar="DATA",
-        help="test the run on these, too: shifted data of the same classes, such as imagenetv2 or imagenet_sketch")
-    add("--variance", action="store_true", help="also UPT's Appendix A: the variance of image features within and of "
-        "text features between the classes, before and after training")
+    add("--device", help="cuda, cpu, ... (default: cuda where there is one)")
+    add("--precision", choices=["auto", "fp32", "bf16", "fp16"], default="auto", help="of the frozen towers; learned "
+        "tensors are always fp32 (auto: bf16 or fp16 on CUDA)")
+    add("--workers", type=above(-1, int), help="processes that read pictures (default: 0 on a CPU, else up to 8)")
+    add("--eval-on", nargs="+", action="extend", default=[], metavar="DATA", help="test the run on shifted data of the "
+        "same classes, too, such as imagenetv2")
+    add("--variance", action="store_true", help="also UPT's Appendix A, before and after training")
     add("--out", default="runs", help="where runs are saved (default: runs)")
     add("--again", action="store_true", help="repeat runs that are finished")
     return parser.parse_args(argv)
@@ -336,16 +318,16 @@ def resolve_recipe(recipe, options, data_name, shots):
     for key, value in options.items():
         recipe |= variants.get(f"{key}={value}", {})
     recipe |= recipe.pop("datasets", {}).get(data_name, {})
-    data_options = recipe.pop("options", {})
-    if data_name in data.WORLD and recipe.get("epochs"):
+    epochs = recipe.get("epochs")
+    if data_name in data.WORLD and epochs:
         recipe["epochs"] = WORLD_EPOCHS
-    elif isinstance(recipe.get("epochs"), dict):  # the next lower count of shots decides, all pictures are the most
-        recipe["epochs"] = recipe["epochs"][max(n for n in recipe["epochs"] if n <= shots or not shots)]
-    return recipe, data_options
+    elif isinstance(epochs, dict):  # the next lower count of shots decides, all pictures are the most
+        recipe["epochs"] = epochs[max(n for n in epochs if n <= shots or not shots)]
+    return recipe, recipe.pop("options", {})
 
 
 def override(recipe, flags):
-    """The recipe with the user's flags. The rates of single parts scale with the main one; all share a warm-up given."""
+    """The recipe with the user's flags. The rates of single parts scale with the main one; a warm-up is for all."""
     parts = {}
     for name, part in recipe.get("parts", {}).items():
         rate = part["lr"] * flags.get("lr", recipe["lr"]) / recipe["lr"]
@@ -355,20 +337,16 @@ def override(recipe, flags):
 
 def parse_options(method, defaults, pairs):
     """["n_ctx=4", ...] -> {"n_ctx": 4, ...}: options of the method, typed as their defaults are."""
-    options = {}
-    for pair in pairs:
-        key, _, value = pair.partition("=")
+    options, kinds = {}, {int: "whole number", float: "number", bool: "true or false", str: "text"}
+    for key, _, value in (pair.partition("=") for pair in pairs):
         if key not in defaults:
-            known = ", ".join(f"{k}={v}" for k, v in defaults.items()) or "none"
+            known = ", ".join(f"{name}={default}" for name, default in defaults.items()) or "none"
             raise UserError(f"{method} has no option {key}; its options and their defaults: {known}.")
         kind = int if defaults[key] is None else type(defaults[key])
         try:
             options[key] = {"true": True, "false": False}[value.lower()] if kind is bool else kind(value)
-            if kind is int and options[key] < 0:
-                raise ValueError
         except (KeyError, ValueError):
-            kinds = {int: "whole number from 0", float: "number", bool: "true or false", str: "text"}
-            raise UserError(f"--set {pair}: {key} takes a {kinds[kind]}, such as {defaults[key]}.") from None
+            raise UserError(f"--set {key}={value}: it takes a {kinds[kind]}, such as {defaults[key]}.") from None
     return options
 
 
@@ -400,15 +378,16 @@ def save_run(folder, settings, bench, method, evaluation, result):
     tensors = {name: tensor.cpu() for name, tensor in method.learned().items()}
     prompts = asdict(settings) | dict(classnames=method.classnames, templates=list(method.templates),
                                       class_ids=bench.class_ids, tensors=tensors)
-    rows = [[str(Path(path).relative_to(bench.folder)), bench.classnames[label], bench.classnames[predicted], f"{p:.6f}"]
-            for (path, label), predicted, p in zip(bench.test, evaluation.predicted, evaluation.probability, strict=True)]
+    rows = [("picture", "class", "predicted class", "probability")]
+    for (path, label), predicted, p in zip(bench.test, evaluation.predicted, evaluation.probability, strict=True):
+        rows.append((Path(path).relative_to(bench.folder), bench.classnames[label], bench.classnames[predicted], f"{p:.6f}"))
     try:
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as temporary:
             new = Path(temporary, "new")
             new.mkdir()
             torch.save(prompts, new / "prompts.pt")
             with (new / "predictions.csv").open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
-                csv.writer(file).writerows([["picture", "class", "predicted class", "probability"], *rows])
+                csv.writer(file).writerows(rows)
             (new / "result.json").write_text(json.dumps(result, indent=1) + "\n")
             if folder.exists():
                 folder.rename(Path(temporary, "old"))
@@ -432,8 +411,6 @@ def read_prompts(folder):
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
         Settings(**{field: saved[field] for field in Settings.__dataclass_fields__})
-        if not saved["options"].keys() <= METHODS[saved["method"]].default_options().keys():
-            raise KeyError(*saved["options"])
         return saved
     except Exception as error:  # any file can stand there
         raise UserError(f"{path} is not a prompt file of train.py ({type(error).__name__}): train again.") from error

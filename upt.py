@@ -179,3 +179,14 @@ def inter_class_variance(text):
     """Var_t of Appendix A, Eq. 8: text features (K, E), made unit -> their variance over the classes."""
     text = F.normalize(text.float(), dim=-1)
     return (text - text.mean(dim=0)).square().sum(dim=1).mean()
+
+
+@torch.no_grad()
+def variances(method, batches, autocast):
+    """-> Var_v of the pictures in batches of (images, labels) and Var_t of the method's classifier, by name."""
+    method.eval()
+    with autocast:
+        text = method.encode_text()
+        features, labels = zip(*((method.encode_image(images, text), labels) for images, labels in batches), strict=True)
+    return {"image_within_classes": intra_class_variance(torch.cat(features), torch.cat(labels)).item(),
+            "text_between_classes": inter_class_variance(text).item()}
