@@ -46,7 +46,7 @@ class Settings:
     """What a run is. result.json and prompts.pt hold these fields as they are."""
 
     method: str
-    options: dict  # of the method: what the user or the data set changes of its defaults
+    options: dict  # of the method, all of them
     data: str
     data_path: str  # of a user's own folder, else ""
     backbone: str
@@ -108,25 +108,26 @@ def run(settings, args, machine):
     templates = recipe.get("templates", bench.templates)
     torch.manual_seed(settings.seed)  # initial prompts and dropout; pictures have random streams of their own
     method = METHODS[settings.method](clip, bench.classnames, templates, **settings.options).to(machine.device)
-    trainable = sum(p.numel() for p in method.parameters() if p.requires_grad)
-    print_settings(settings, bench, machine, method, trainable)
+    print_settings(settings, bench, machine, method)
 
     test = data.plain_batches(bench.test, clip, machine.device, machine.workers, bench.own)
     zero_shot = Method(clip, bench.classnames, templates)
     before = after = evaluate(zero_shot, test, machine)
     print(f"zero-shot   {before.accuracy:.2f} %")
     variance = {"before": variances(zero_shot, test, machine.autocast())} if args.variance else {}
-    began, losses = time.time(), []
+    began, losses, trainable = time.time(), [], 0
     if recipe:
         few_shot = data.few_shot_batches(bench, clip, recipe, settings.seed, machine.device, machine.workers)
         with machine.autocast():
             method.prepare(few_shot)
+        trainable = sum(p.numel() for p in method.parameters() if p.requires_grad)  # a cache may be learned, too
+        print(f"learning    {trainable:,} numbers")
         losses = train(method, few_shot, recipe, machine) if trainable else []
     seconds_training = time.time() - began
     if recipe:
         after = evaluate(method, test, machine)
     if after.accuracy < before.accuracy:
-        print(f"warning: {advice(after, len(losses), math.log(len(bench.classnames)))}")
+        print(f"warning: {advice(after, len(losses), len(bench.classnames))}")
     papers = data.published(settings, settings.data)
     print(f"accuracy    {after.accuracy:.2f} % of the test pictures after the last epoch{quoted(papers)}")
     if args.variance:
@@ -152,14 +153,14 @@ def run(settings, args, machine):
     print(f"saved       {folder}")
 
 
-def print_settings(settings, bench, machine, method, trainable):
+def print_settings(settings, bench, machine, method):
     recipe = {key: value for key, value in settings.recipe.items() if key != "templates"}
-    print(f"method      {settings.method} {settings.options or ''}")
+    print(f"method      {settings.method}{''.join(f', {key} {value}' for key, value in settings.changed.items())}")
     print(f"data        {bench.name}: {len(bench.classnames)} classes, {len(bench.train)} training pictures "
           f"({settings.shots or 'all'} per class, seed {settings.seed}), {len(bench.test)} test pictures")
     print(f"backbone    {settings.backbone} on {machine.device.type}, {machine.dtype or torch.float32}")
     print(f"recipe      {', '.join(f'{key} {value}' for key, value in recipe.items()) or 'nothing to train'}")
-    print(f"prompts     {' | '.join(method.prompt_texts[:3])} ({trainable:,} numbers to learn)")
+    print(f"prompts     {' | '.join(method.prompt_texts[:3])}")
 
 
 def train(method, few_shot, recipe, machine):
@@ -244,11 +245,12 @@ def evaluate_on(method, target, class_ids, machine):
     return evaluate(method, batches, machine)
 
 
-def advice(after, epochs, chance):
-    """What to try where a run ends below zero-shot CLIP. chance: the cross-entropy of not knowing anything, ln K."""
-    collapsed = after.cross_entropy > 0.97 * chance and epochs > 20
-    return (f"this is below zero-shot CLIP, with a cross-entropy of {after.cross_entropy:.2f} (chance: {chance:.2f}): try "
-            f"{'a smaller --lr' if collapsed else 'more --epochs or --shots'}.")
+def advice(after, epochs, n_classes):
+    """What to try where a run ends below zero-shot CLIP."""
+    chance = math.log(n_classes)  # the cross-entropy of knowing nothing
+    collapsed = epochs > 20 and after.cross_entropy > 0.97 * chance and after.accuracy < 150 / n_classes
+    return (f"this is below zero-shot CLIP, with a cross-entropy of {after.cross_entropy:.2f} (chance: {chance:.2f}): "
+            f"try {'a smaller --lr' if collapsed else 'more --epochs or --shots'}.")
 
 
 # ---- Settings ----
@@ -301,9 +303,9 @@ def resolve_settings(args, data_name, method, shots, seed):
     recipe, data_options = resolve_recipe(METHODS[method].recipe, options, "" if data_path else name, shots)
     flags = {key: value for key, value in vars(args).items() if key in recipe and value is not None}
     default = defaults | data_options | recipe | {"precision": "auto"}
-    chosen = {key: spell(value) for key, value in (options | flags | {"precision": args.precision}).items()}
-    changed = {key: value for key, value in chosen.items() if value != spell(default[key])}
-    return Settings(method, data_options | options, name, data_path, backbone, backbone_path, shots, seed,
+    chosen = options | flags | {"precision": args.precision}
+    changed = {key: data.spell(value) for key, value in chosen.items() if data.spell(value) != data.spell(default[key])}
+    return Settings(method, defaults | data_options | options, name, data_path, backbone, backbone_path, shots, seed,
                     args.precision, override(recipe, flags), changed)
 
 
@@ -350,10 +352,6 @@ def parse_options(method, defaults, pairs):
     return options
 
 
-def spell(value):
-    return f"{value:g}" if isinstance(value, float) else str(value).lower()
-
-
 def choose_machine(device, precision, workers):
     """The flags -> Machine. bf16 and fp16 are chosen by themselves on CUDA only."""
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -389,9 +387,15 @@ def save_run(folder, settings, bench, method, evaluation, result):
             with (new / "predictions.csv").open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
                 csv.writer(file).writerows(rows)
             (new / "result.json").write_text(json.dumps(result, indent=1) + "\n")
+            old = Path(temporary, "old")
             if folder.exists():
-                folder.rename(Path(temporary, "old"))
-            new.rename(folder)
+                folder.rename(old)
+            try:
+                new.rename(folder)
+            except BaseException:  # Ctrl-C, too: an old run is never lost
+                if old.exists():
+                    old.rename(folder)
+                raise
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
         raise UserError(f"{folder} cannot be written ({error}): make room or choose another --out.") from error
 
@@ -406,13 +410,14 @@ def make_folder(folder):
 def read_prompts(folder):
     """prompts.pt of a finished run: the fields of Settings, classnames, templates, class_ids and tensors."""
     path = Path(folder) / "prompts.pt"
-    if not path.is_file():
-        raise UserError(f"{path} does not exist: give the folder of a finished run.")
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
-        Settings(**{field: saved[field] for field in Settings.__dataclass_fields__})
+        if not saved.keys() >= {*Settings.__dataclass_fields__, "classnames", "templates", "class_ids", "tensors"}:
+            raise KeyError("a setting is missing")
         return saved
     except Exception as error:  # any file can stand there
+        if getattr(error, "errno", None):  # the machine's trouble, not the file's
+            raise UserError(f"{path} cannot be read ({error.strerror}): give the folder of a finished run.") from error
         raise UserError(f"{path} is not a prompt file of train.py ({type(error).__name__}): train again.") from error
 
 
@@ -420,8 +425,11 @@ def load_run(folder, device=None):
     """A finished run -> its trained method, ready to predict: method(images) for pictures through clip_min.preprocess."""
     saved = read_prompts(folder)
     clip = load_clip(saved["backbone_path"] or saved["backbone"], choose_machine(device, "fp32", 0).device)
-    method = METHODS[saved["method"]](clip, saved["classnames"], saved["templates"], **saved["options"])
-    method.load_learned(saved["tensors"])
+    try:
+        method = METHODS[saved["method"]](clip, saved["classnames"], saved["templates"], **saved["options"])
+        method.load_learned(saved["tensors"])
+    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise UserError(f"{folder} does not fit this version of train.py ({error}): train again.") from error
     return method.eval()
 
 
@@ -436,6 +444,9 @@ def exit_status(program):
     except KeyboardInterrupt:
         print("\nstopped: finished runs are kept, and the same command goes on behind them", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # somebody reads the first lines only
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     return 0
 
 
