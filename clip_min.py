@@ -8,11 +8,8 @@ github.com/openai/CLIP (MIT): same token ids, same key names, same outputs; ViT 
     logits   = exp(logit_scale) * cos(f, g)         (B, K)
 
 Prompt learning works between the stages: a method writes the loop over the blocks itself. Two shortcuts, exact in
-outputs and gradients, make it several times faster than OpenAI's code:
-
-  * Prompts begin alike ("a photo of a", or learned context). Attention is causal, so the states of those tokens never
-    see the class name: they are computed once, not K times. Nothing behind the end-of-text token is computed at all.
-  * The last block computes only the one token that `project` reads.
+outputs and gradients: what the prompts have in common ("a photo of a", or learned context) is computed once, not for
+every class, because attention is causal; and the last block computes only the one token that `project` reads.
 
 B images, R resolution, N patches, K texts, P shared tokens, S own tokens per text, D width of a tower, E joint width.
 """
@@ -25,12 +22,13 @@ import html
 import json
 import math
 import pickle
+import secrets
+import socket
 import sys
-import urllib.request
+import time
 import zipfile
 from collections import Counter, OrderedDict
 from contextlib import nullcontext
-from http.client import HTTPException
 from pathlib import Path
 
 import ftfy
@@ -47,6 +45,10 @@ ASSETS = Path(__file__).parent / "assets"
 
 class UserError(ValueError):
     """Something the user can mend: train.py prints the one sentence and exits with status 2, without a traceback."""
+
+
+class MachineError(UserError):
+    """A file cannot be read for want of memory or permission. It may be whole, so it is kept."""
 
 
 def full_precision(device):
@@ -69,14 +71,12 @@ def preprocess(resolution):
 WORD = regex.compile(
     r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+", regex.IGNORECASE
 )
+START, END = 49406, 49407  # token ids
 
 
 @functools.cache
 def vocabulary():
-    """-> {byte: id}, {(left id, right id): merged id}. The lower a merge's id, the earlier it was learned and applies.
-
-    Ids: 256 bytes, the same 256 ending a word, 48,894 merges, start and end of text.
-    """
+    """-> {byte: id}, {(left id, right id): merged id}. Merges with a lower id were learned earlier and apply first."""
     path = ASSETS / "bpe_merges.txt.gz"
     if not path.exists():
         raise UserError(f"The tokenizer's vocabulary {path} is missing: copy it from the project, or put OpenAI's "
@@ -85,7 +85,7 @@ def vocabulary():
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     order = printable + [b for b in range(256) if b not in printable]
     symbols = [chr(b) for b in printable] + [chr(256 + i) for i in range(256 - len(printable))]
-    ids = {s: i for i, s in enumerate(symbols + [s + "</w>" for s in symbols])}
+    ids = {s: i for i, s in enumerate(symbols + [s + "</w>" for s in symbols])}  # </w> ends a word
     merges = {}
     with gzip.open(path, "rt", encoding="utf-8") as file:
         for line in file.read().split("\n")[1:48895]:  # the first line is a comment
@@ -97,9 +97,11 @@ def vocabulary():
 @functools.lru_cache(maxsize=1 << 16)
 def encode_word(word):
     """One word -> tuple of ids: bytes first, then the earliest-learned merge of any neighbours, again and again."""
+    if word == "<|startoftext|>":
+        return (START,)
+    if word == "<|endoftext|>":
+        return (END,)
     byte_ids, merges = vocabulary()
-    if word in ("<|startoftext|>", "<|endoftext|>"):
-        return (49406 + (word == "<|endoftext|>"),)
     parts = [byte_ids[b] for b in word.encode("utf-8")]
     parts[-1] += 256  # the byte's twin that ends a word
     while pairs := merges.keys() & set(zip(parts, parts[1:], strict=False)):
@@ -123,9 +125,10 @@ def tokenize(texts, context_length=77):
     texts = [texts] if isinstance(texts, str) else texts
     tokens = torch.zeros(len(texts), context_length, dtype=torch.long)
     for row, text in zip(tokens, texts, strict=True):
-        ids = [49406, *encode(text), 49407]
+        ids = [START, *encode(text), END]
         if len(ids) > context_length:
-            shown = text if len(text) <= 80 else text[:77] + "..."
+            shown = regex.sub("^(X )+", "[context] ", text)  # the places of learned vectors, see CLIP.embed_prompts
+            shown = shown if len(shown) <= 80 else shown[:77] + "..."
             raise UserError(f'"{shown}" is {len(ids)} tokens long with its start and end marks, CLIP reads '
                             f"{context_length}: shorten the class name, the template or the context.")
         row[: len(ids)] = torch.tensor(ids)
@@ -135,17 +138,20 @@ def tokenize(texts, context_length=77):
 # ------------------------------------------------------------------------------------------------------------- towers
 
 
+ACTIVATIONS = {"quickgelu": lambda x: x * torch.sigmoid(1.702 * x), "gelu": F.gelu}  # OpenAI's and most others'
+
+
 class Attention(nn.Module):
     """Multi-head attention under OpenAI's key names, cut in two: projections, then attention over given keys."""
 
-    def __init__(self, width):
+    def __init__(self, width, heads=None):
         super().__init__()
-        self.heads = width // 64
+        self.heads = heads or width // 64  # CLIP's convention; from_state_dict tells where it does not hold
         self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))
         self.in_proj_bias = nn.Parameter(torch.empty(3 * width))
         self.out_proj = nn.Linear(width, width)
 
-    def split_heads(self, x):  # (..., N, D) -> (..., H, N, 64)
+    def split_heads(self, x):  # (..., N, D) -> (..., H, N, D/H)
         return x.unflatten(-1, (self.heads, -1)).transpose(-3, -2)
 
     def query(self, x):
@@ -165,10 +171,10 @@ class Attention(nn.Module):
 class Block(nn.Module):
     """Pre-norm transformer block of the image tower: (B, N, D) -> (B, N, D), or (B, 1, D) if it is the last."""
 
-    def __init__(self, width, last):
+    def __init__(self, width, last, heads=None, activation="quickgelu"):
         super().__init__()
-        self.last = last
-        self.attn = Attention(width)
+        self.last, self.activation = last, ACTIVATIONS[activation]
+        self.attn = Attention(width, heads)
         self.ln_1, self.ln_2 = nn.LayerNorm(width), nn.LayerNorm(width)
         self.mlp = nn.ModuleDict({"c_fc": nn.Linear(width, 4 * width), "c_proj": nn.Linear(4 * width, width)})
 
@@ -185,20 +191,20 @@ class Block(nn.Module):
         k, v = self.keys_and_values(h, prompts)
         if self.last and not all_tokens:  # only the class token is read after the last block
             x, h = x[:, :1], h[:, :1]
-        return self.add_attention_and_mlp(x, self.attn(self.attn.query(h), k, v, mask if mask is None else mask[:, None, None]))
+        mask = None if mask is None else mask[:, None, None]  # (B, 1, 1, N+P): the same for every head and query
+        return self.add_attention_and_mlp(x, self.attn(self.attn.query(h), k, v, mask))
 
-    def keys_and_values(self, h, prompts):  # -> two (B, H, N+P, 64)
+    def keys_and_values(self, h, prompts):  # -> two (B, H, N+P, D/H)
         k, v = self.attn.key_value(h)
         if prompts is None:
             return k, v
-        prompt_k, prompt_v = self.attn.key_value(self.ln_1(prompts))  # (H, P, 64), or (B, H, P, 64)
+        prompt_k, prompt_v = self.attn.key_value(self.ln_1(prompts))  # (H, P, D/H), or (B, H, P, D/H)
         per_picture = len(k), -1, -1, -1
         return torch.cat([k, prompt_k.expand(per_picture)], dim=2), torch.cat([v, prompt_v.expand(per_picture)], dim=2)
 
     def add_attention_and_mlp(self, x, attended):
         x = x + attended
-        h = self.mlp["c_fc"](self.ln_2(x))
-        return x + self.mlp["c_proj"](h * torch.sigmoid(1.702 * h))  # QuickGELU
+        return x + self.mlp["c_proj"](self.activation(self.mlp["c_fc"](self.ln_2(x))))
 
     def attention_weights(self, x, prompts=None):
         """The weights that forward(x, prompts) uses, for rollout and maps: -> (B, H, N, N+P), rows sum to 1."""
@@ -235,14 +241,14 @@ class TextBlock(Block):
 class VisionTransformer(nn.Module):
     """Image tower. `x = embed(images)`, then every block, then `project(x)`."""
 
-    def __init__(self, resolution, patch, width, layers, joint):
+    def __init__(self, resolution, patch, width, layers, joint, heads=None, activation="quickgelu"):
         super().__init__()
         self.resolution, self.patch = resolution, patch
         self.conv1 = nn.Conv2d(3, width, kernel_size=patch, stride=patch, bias=False)
         self.class_embedding = nn.Parameter(torch.empty(width))
         self.positional_embedding = nn.Parameter(torch.empty(1 + (resolution // patch) ** 2, width))
         self.ln_pre, self.ln_post = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.blocks = nn.ModuleList(Block(width, last=i == layers - 1) for i in range(layers))
+        self.blocks = nn.ModuleList(Block(width, i == layers - 1, heads, activation) for i in range(layers))
         self.proj = nn.Parameter(torch.empty(width, joint))
 
     def embed(self, images):
@@ -265,11 +271,11 @@ class VisionTransformer(nn.Module):
 class TextTransformer(nn.Module):
     """Text tower. `shared, own, eot = embed(tokens)`, `shared, own = block(shared, own, eot)`, then `project(own)`."""
 
-    def __init__(self, context_length, vocab_size, width, layers, joint):
+    def __init__(self, context_length, vocab_size, width, layers, joint, heads=None, activation="quickgelu"):
         super().__init__()
         self.token_embedding = nn.Embedding(vocab_size, width)
         self.positional_embedding = nn.Parameter(torch.empty(context_length, width))
-        self.blocks = nn.ModuleList(TextBlock(width, last=i == layers - 1) for i in range(layers))
+        self.blocks = nn.ModuleList(TextBlock(width, i == layers - 1, heads, activation) for i in range(layers))
         self.ln_final = nn.LayerNorm(width)
         self.text_projection = nn.Parameter(torch.empty(width, joint))
 
@@ -295,9 +301,9 @@ class TextTransformer(nn.Module):
 class CLIP(nn.Module):
     """The two towers and the temperature. Every size is read from the weights: see from_state_dict and load_clip."""
 
-    def __init__(self, visual, text):
+    def __init__(self, visual, text, activation="quickgelu"):
         super().__init__()
-        self.visual, self.text = visual, text
+        self.visual, self.text, self.activation = visual, text, activation
         self.logit_scale = nn.Parameter(torch.empty(()))
 
     def encode_image(self, images):
@@ -308,14 +314,17 @@ class CLIP(nn.Module):
         """(n, 77) from tokenize -> (n, E), not normalised."""
         return self.text(*self.text.embed(tokens))
 
+    def tokenize(self, texts):
+        """As the function tokenize, for as many tokens as this CLIP reads and on its device."""
+        return tokenize(texts, len(self.text.positional_embedding)).to(self.logit_scale.device)
+
     def embed_prompts(self, classnames, n_ctx):
         """Prompts "X .. X name." with n_ctx places for learned vectors -> shared, own, eot as TextTransformer.embed's.
 
         The places are 1 .. n_ctx of `shared`, behind the start token.
         """
         places = " ".join(["X"] * n_ctx)
-        tokens = tokenize([f"{places} {name}." for name in classnames])
-        return self.text.embed(tokens.to(self.logit_scale.device))
+        return self.text.embed(self.tokenize([f"{places} {name}." for name in classnames]))
 
     def logits(self, image_features, text_features):
         """(B, E), (K, E) -> (B, K): exp(logit_scale) * cosine, in fp32 also under autocast (logits of 30 need it)."""
@@ -328,34 +337,52 @@ class CLIP(nn.Module):
         """The zero-shot classifier: unit text features (K, E), for several templates the mean of theirs made unit."""
         features = []
         for template in templates:
-            tokens = tokenize([template.format(name.replace("_", " ")) for name in classnames])
-            features.append(F.normalize(self.encode_text(tokens.to(self.logit_scale.device)), dim=-1))
+            tokens = self.tokenize([template.format(name.replace("_", " ")) for name in classnames])
+            features.append(F.normalize(self.encode_text(tokens), dim=-1))
         return F.normalize(sum(features), dim=-1)
 
     @classmethod
-    def from_state_dict(cls, state_dict):
-        """OpenAI's keys -> CLIP with fp32 parameters, frozen, eval(). Strict: UserError on any key or shape amiss."""
-        if isinstance(state_dict, dict) and "visual.layer1.0.conv1.weight" in state_dict:
-            raise UserError("These are the weights of a ResNet CLIP, and only ViT models are supported: use ViT-B/16.")
-        notes = {"input_resolution", "context_length", "vocab_size"}  # in OpenAI's archives, beside the weights
+    def from_state_dict(cls, state_dict, activation="quickgelu", vision_heads=None, text_heads=None):
+        """OpenAI's keys, or what openai_keys makes of others -> CLIP with fp32 parameters, frozen, eval().
+
+        Heads are 64 wide where their number is not given. UserError where a key or a shape is amiss.
+        """
+        if activation not in ACTIVATIONS:
+            raise UserError(f"The activation is {activation}: choose {' or '.join(ACTIVATIONS)}.")
+        state = {}  # under our keys: blocks lie directly in their tower, the text tower is a module of its own
         try:
-            state = {}  # under our keys: blocks lie directly in their tower, the text tower is a module of its own
-            for key in state_dict.keys() - notes:
+            for key, tensor in openai_keys(state_dict).items():
                 prefix = "" if key.startswith(("visual.", "logit_scale")) else "text."
-                state[prefix + key.replace("transformer.resblocks.", "blocks.")] = state_dict[key].float()
-            depth = Counter(".".join(k.split(".")[:2]) for k in state if k.endswith(".ln_1.weight"))
+                state[prefix + key.replace("transformer.resblocks.", "blocks.")] = tensor.float()
+            state["logit_scale"] = state["logit_scale"].reshape(())  # some write (1,)
+            layers = Counter(".".join(key.split(".")[:2]) for key in state if key.endswith(".ln_1.weight"))
             vision_width, _, patch, _ = state["visual.conv1.weight"].shape
             grid = math.isqrt(len(state["visual.positional_embedding"]) - 1)
             context_length, text_width = state["text.positional_embedding"].shape
-            joint = state["text.text_projection"].shape[1]
-            vocab_size = len(state["text.token_embedding.weight"])
+            vocab_size, joint = len(state["text.token_embedding.weight"]), state["text.text_projection"].shape[1]
+            if not min(grid, patch, context_length, vocab_size, joint, layers["visual.blocks"], layers["text.blocks"]):
+                raise ValueError("one of its sizes is 0")
+            for width, heads in (vision_width, vision_heads), (text_width, text_heads):
+                if width % (heads or 64) or (not heads and width in (1280, 1408, 1664)):  # the latter: ViT-H, g, bigG
+                    raise ValueError(f"the number of attention heads for its width {width} is not {heads or 'known'}, "
+                                     "put its own open_clip_config.json or config.json beside the weights")
             with torch.device("meta"):  # no memory and no random initialisation: the tensors are assigned below
-                clip = cls(VisionTransformer(grid * patch, patch, vision_width, depth["visual.blocks"], joint),
-                           TextTransformer(context_length, vocab_size, text_width, depth["text.blocks"], joint))
+                clip = cls(VisionTransformer(grid * patch, patch, vision_width, layers["visual.blocks"], joint,
+                                             vision_heads, activation),
+                           TextTransformer(context_length, vocab_size, text_width, layers["text.blocks"], joint,
+                                           text_heads, activation), activation)
             clip.load_state_dict(state, strict=True, assign=True)
+            if broken := [name for name, parameter in clip.named_parameters() if not parameter.isfinite().all()]:
+                raise ValueError(f"{broken[0]} has numbers that are not finite, download it again")
         except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+            if lacks_memory(error):
+                raise
+            for part, model in LOOKALIKES.items():
+                if any(part in key for key in state):
+                    raise UserError(f"These are the weights of {model}, and only CLIPs with a ViT are supported: use "
+                                    "ViT-B/16.") from error
             detail = " ".join(str(error).split())[:300]
-            raise UserError(f"These are not the weights of a CLIP ViT under OpenAI's key names: {detail}") from error
+            raise UserError(f"These are not the weights of a CLIP ViT: {detail}.") from error
         return clip.requires_grad_(False).eval()
 
 
@@ -383,11 +410,8 @@ class Method(nn.Module):
         return cls.__init__.__kwdefaults__ or {}
 
     def set_classes(self, classnames):
-        """Compute what depends on the class names alone. __init__ calls it, and for_classes for other names.
-
-        It sets classnames; prompt_texts, a sentence per class for people to read; and zero_shot (K, E), CLIP's
-        classifier of the templates.
-        """
+        """Compute what depends on the class names alone: classnames; prompt_texts, a sentence per class for people to
+        read; and zero_shot (K, E), CLIP's classifier of the templates. __init__ and for_classes call it."""
         self.classnames = [name.replace("_", " ") for name in classnames]
         self.prompt_texts = [self.templates[0].format(name) for name in self.classnames]
         self.zero_shot = nn.Buffer(self.clip.classifier(self.classnames, self.templates), persistent=False)
@@ -410,7 +434,7 @@ class Method(nn.Module):
         return F.cross_entropy(self(images), labels)
 
     def parameter_groups(self, recipe=None):
-        """-> the optimizer's groups, each with its rate and warm-up: recipe["parts"] has tensors with rates of their own."""
+        """-> the optimizer's groups, with rates and warm-up. recipe["parts"] has tensors with rates of their own."""
         recipe = recipe or self.recipe
         learned = {name: p for name, p in self.named_parameters() if p.requires_grad}
         groups = [dict(params=[learned.pop(name)], **rates) for name, rates in recipe.get("parts", {}).items()
@@ -422,7 +446,7 @@ class Method(nn.Module):
         each walk through it, augmented anew."""
 
     def learned(self):
-        """-> {name: tensor}, all that sets this method apart from a new one: what prompts.pt holds, a cache included."""
+        """-> {name: tensor}, all that sets this method apart from a new one, a cache included: prompts.pt holds it."""
         return {name: tensor for name, tensor in self.state_dict().items() if not name.startswith("clip.")}
 
     def load_learned(self, tensors):
@@ -461,83 +485,101 @@ class Method(nn.Module):
 
 # ------------------------------------------------------------------------------------------------------------ weights
 
-# Per name: the file that open_clip uses today for OpenAI's weights, then OpenAI's own, whose folder is its sha256
-# (users report the latter as gone since October 2025: openai/CLIP issue 516).
-HUB = "https://huggingface.co/timm/vit_{}.openai/resolve/main/open_clip_model.safetensors"
-OPENAI = "https://openaipublic.azureedge.net/clip/models/{}/{}.pt"
-SOURCES = {
-    "ViT-B/32": ("base_patch32_clip_224", "40d365715913c9da98579312b702a82c18be219cc2a73407c4526f58eba950af"),
-    "ViT-B/16": ("base_patch16_clip_224", "5806e77cd80f8b59890b7e101eabd078d9fb84e6937f9e85e4ecb61988df416f"),
-    "ViT-L/14": ("large_patch14_clip_224", "b8cca3fd41ae0c99ba7e8951adf17d267cdb84cd88be6f7c2e0eca1737a03836"),
-    "ViT-L/14@336px": ("large_patch14_clip_336", "3035c92b350959924f9f00213499208652fc7ea050643e8b385c2dac08641f02"),
+HUB = "https://huggingface.co/{}/resolve/main/{}"
+OPENAI_MODELS = {  # the repositories from which open_clip takes OpenAI's weights
+    "ViT-B/32": "timm/vit_base_patch32_clip_224.openai", "ViT-B/16": "timm/vit_base_patch16_clip_224.openai",
+    "ViT-L/14": "timm/vit_large_patch14_clip_224.openai", "ViT-L/14@336px": "timm/vit_large_patch14_clip_336.openai",
+}
+CONFIGURATIONS = {  # of the weights files that folders and repositories have: open_clip's, then transformers'
+    "open_clip_model.safetensors": "open_clip_config.json", "open_clip_pytorch_model.bin": "open_clip_config.json",
+    "model.safetensors": "config.json", "pytorch_model.bin": "config.json",
 }
 
 
-def load_clip(name_or_path, device="cpu"):
-    """"tiny", a name in SOURCES or a weights file -> CLIP with fp32 parameters, frozen, eval(); or UserError."""
-    path = ASSETS / "tiny_clip.safetensors.gz" if name_or_path == "tiny" else Path(name_or_path).expanduser()
-    if name_or_path in SOURCES:
-        path = find_weights(name_or_path)
-    if not path.is_file():
-        raise UserError(f"There is no weights file {path}: give one, or a name of tiny, {', '.join(SOURCES)}.")
-    return CLIP.from_state_dict(read_weights(path)).to(device)
+def load_clip(name_or_path, device="cpu", activation=None):
+    """-> CLIP with fp32 parameters, frozen, eval(); UserError where there is none or it cannot be read.
+
+    name_or_path: "tiny"; a name in OPENAI_MODELS, or with dashes as ViT-B-16; owner/name of a repository on the hub; a
+    weights file; or a folder with one. activation: "gelu" or "quickgelu"; None means what the configuration beside the
+    weights says, and QuickGELU where there is none.
+    """
+    path = find_weights(str(name_or_path))
+    return read_clip(path, path.parent, activation).to(device)
 
 
 def find_weights(name):
-    """The file of a named model in OpenAI's own cache folder, ~/.cache/clip, or from the first source that gives it."""
-    hub, sha256 = SOURCES[name]
-    stem = name.replace("/", "-").replace("@", "-")
-    cache, reasons = Path.home() / ".cache" / "clip", []
-    sources = {cache / f"{stem}.safetensors": (HUB.format(hub), None),
-               cache / f"{stem}.pt": (OPENAI.format(sha256, stem), sha256)}
-    for path in sources:
-        if path.is_file():
-            return path
-    for path, (url, digest) in sources.items():
+    """The weights file that a name, a folder or a path means. What a name means is fetched at first use."""
+    if name == "tiny":
+        return ASSETS / "tiny_clip.safetensors.gz"
+    path, cache, dashed = Path(name).expanduser(), Path.home() / ".cache" / "clip", dashes(name)
+    repository = {dashes(model): repository for model, repository in OPENAI_MODELS.items()}.get(dashed, name)
+    places = [path, cache / f"{dashed}.pt", cache / f"{dashed}.safetensors"]  # OpenAI's package uses the second
+    for place in places + [folder / file for folder in (path, cache / repository) for file in CONFIGURATIONS]:
+        if place.is_file():
+            return place
+    if path.is_dir():
+        kind = "is a diffusion pipeline" if (path / "model_index.json").exists() else "has no weights of a CLIP"
+        raise UserError(f"The folder {path} {kind}: give one with {' or '.join(CONFIGURATIONS)}.")
+    if not regex.fullmatch(r"(?!ViT-)[\w-]+/[\w.-]+", repository) or path.suffix in (".pt", ".bin", ".safetensors"):
+        raise UserError(f"There is no weights file {path}: give one, or a name of tiny, {', '.join(OPENAI_MODELS)}, or "
+                        "owner/name of a CLIP on huggingface.co.")
+    for file, configuration in CONFIGURATIONS.items():
         try:
-            download(url, path, "sha256", digest, check=lambda part: CLIP.from_state_dict(read_weights(part)))
-            return path
+            for wanted in configuration, file:
+                download(HUB.format(repository, wanted), cache / repository / wanted, check=check_whole)
+            return cache / repository / file
         except UserError as error:
-            reasons.append(str(error))
-    by_hand = " or ".join(f"{url} at {path}" for path, (url, _) in sources.items())
-    raise UserError(f"The weights of {name} could not be downloaded ({'; '.join(reasons)}): put {by_hand} by hand.")
+            if getattr(error.__cause__, "code", None) != 404:  # 404: the repository does not have this file
+                raise
+    raise UserError(f"{repository} on the hub has none of {', '.join(CONFIGURATIONS)}: name another.")
+
+
+def dashes(name):  # ViT-L/14@336px -> ViT-L-14-336px
+    return name.replace("/", "-").replace("@", "-")
+
+
+def check_whole(path):
+    """Raise an error unless a configuration or a weights file, under its temporary name, can be read to its end."""
+    if ".json." in path.name:
+        json.loads(path.read_bytes())
+    else:
+        read_clip(path, path.parent)
 
 
 def download(url, path, algorithm=None, digest=None, check=None):
-    """Fetch url into path: resumed from path.part, verified, and renamed into place only when whole; or UserError.
+    """Fetch url into path, unless it is there already. UserError in one sentence, whatever goes wrong.
 
-    algorithm: one of hashlib's, or "git" for a git blob id; digest: the hex expected, None where the source states
-    none; check(part): raises UserError when the content is not what it should be.
+    algorithm: one of hashlib's, or "git" for the id of a git blob; digest: the hex expected. Where the source states
+    none, check(file) raises an error if the content is not whole: torch.hub takes a closed connection for the end.
     """
     path = Path(path)
-    part = path.with_name(path.name + ".part")
+    if path.is_file():
+        return
     print(f"Downloading {url}", file=sys.stderr)
+    part = path.with_name(f"{path.name}.{secrets.token_hex(4)}.part")  # every process has a file of its own
+    timeout = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(60)  # seconds without a byte
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        have = part.stat().st_size if part.exists() else 0
-        request = urllib.request.Request(url, headers={"Range": f"bytes={have}-", "User-Agent": "clip_min"})
-        with urllib.request.urlopen(request, timeout=60) as response:
-            have = have if response.status == 206 else 0  # a server without ranges sends the whole file again
-            total = have + int(response.headers.get("Content-Length") or 0)
-            with part.open("ab" if have else "wb") as file:
-                while chunk := response.read(1 << 20):
-                    file.write(chunk)
-                    if sys.stderr.isatty():
-                        print(f"  {file.tell() / 1e6:.0f} of {total / 1e6:.0f} MB", end="\r", file=sys.stderr)
-            if part.stat().st_size < total:
-                raise UserError(f"{url} stopped at {part.stat().st_size} of {total} bytes, run again to resume")
-    except (OSError, HTTPException) as error:
-        if getattr(error, "code", None) != 416:  # 416: nothing is left to send, the part is whole already
-            raise UserError(f"{url} could not be read: {error}") from error
-    try:
+        for left in path.parent.glob(f"{path.name}.*.part*"):  # of processes that were killed
+            if time.time() - left.stat().st_mtime > 3600:
+                left.unlink(missing_ok=True)
+        torch.hub.download_url_to_file(url, str(part), progress=sys.stderr.isatty())
         if digest and file_digest(part, algorithm) != digest:
-            raise UserError(f"what {url} sent does not have the {algorithm} hash {digest} and was deleted")
+            raise ValueError(f"it does not have the {algorithm} hash {digest}")
         if check:
             check(part)
-    except UserError:
-        part.unlink()
-        raise
-    part.replace(path)
+        part.replace(path)
+    except MachineError:  # reading the file again will say what the machine lacks
+        part.replace(path)
+    except Exception as error:  # a malformed answer can fail anywhere in urllib
+        if part.exists():
+            part.unlink()
+        detail = " ".join(str(error).split())[:300]
+        raise UserError(f"{url} could not be fetched ({detail}): try again, or put it at {path} by hand, for example "
+                        "with curl -L -C - -o, which goes on where it broke off.") from error
+    finally:
+        socket.setdefaulttimeout(timeout)
 
 
 def file_digest(path, algorithm):
@@ -549,39 +591,141 @@ def file_digest(path, algorithm):
     return h.hexdigest()
 
 
-DTYPES = {  # as safetensors and as TorchScript archives call them
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
+def read_clip(path, folder, activation=None):
+    """The CLIP of a weights file, with the configuration in folder. UserError, or MachineError, names the file."""
+    try:
+        configuration = read_configuration(folder)
+        if activation:
+            configuration["activation"] = activation
+        return CLIP.from_state_dict(read_weights(path), **configuration)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+    except Exception as error:  # a broken file can fail anywhere in the readers
+        detail = " ".join(str(error).split())
+        if lacks_memory(error) or getattr(error, "errno", None):
+            detail = f"{type(error).__name__}, {detail[:200]}"
+            raise MachineError(f"{path} cannot be read on this machine ({detail}): the file is kept.") from error
+        if "GLOBAL" in detail:  # what torch.load calls anything but tensors
+            found = detail.split("GLOBAL ")[1].split()[0]
+            raise UserError(f"{path} looks like a pickled module, it asks for {found}, and nothing of a file is run: "
+                            "save the module's state_dict() where it was made.") from error
+        raise UserError(f"{path} is not a whole weights file ({detail[:200]}): download it again.") from error
+
+
+def lacks_memory(error):
+    return isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error)  # PyTorch's is a plain RuntimeError
+
+
+def read_configuration(folder):
+    """-> activation, vision_heads, text_heads, as open_clip or transformers states them in the folder, or {}."""
+    for path in folder / "open_clip_config.json", folder / "config.json":
+        try:
+            config = json.loads(path.read_bytes()) if path.is_file() else {}
+            if "model_cfg" in config:  # open_clip, with its default values
+                quick = config["model_cfg"].get("quick_gelu", folder.name.lower().endswith(("-quickgelu", ".openai")))
+                vision, text = config["model_cfg"]["vision_cfg"], config["model_cfg"]["text_cfg"]
+                vision_heads = vision.get("width", 768) // vision.get("head_width", 64)
+                return dict(activation="quickgelu" if quick else "gelu", vision_heads=vision_heads,
+                            text_heads=text.get("heads", 8))
+            if config.get("model_type") == "clip":  # transformers, with its default values
+                vision, text = config["vision_config"], config["text_config"]
+                activation = vision.get("hidden_act", "quick_gelu").replace("_", "")
+                return dict(activation=activation, vision_heads=vision.get("num_attention_heads", 12),
+                            text_heads=text.get("num_attention_heads", 8))
+        except (AttributeError, LookupError, TypeError, ValueError) as error:
+            raise UserError(f"{path} is not the configuration of a CLIP ({error}), mend or remove it.") from error
+    return {}
+
+
+LOOKALIKES = {  # what the keys of other models contain
+    "visual.layer1.": "a ResNet CLIP", "visual.trunk.": "a SigLIP or another CLIP with an image tower of timm's",
+    "vision_model.head.": "a SigLIP", "diffusion_model.": "a diffusion model", "down_blocks.": "a diffusion model",
+}
+TRANSFORMERS_NAMES = {  # parts of the keys in transformers -> OpenAI's
+    "text_model.embeddings.token_embedding": "token_embedding",
+    "text_model.embeddings.position_embedding.weight": "positional_embedding",
+    "text_model.encoder.layers": "transformer.resblocks",
+    "text_model.final_layer_norm": "ln_final",
+    "text_projection.weight": "text_projection",
+    "vision_model.embeddings.class_embedding": "visual.class_embedding",
+    "vision_model.embeddings.patch_embedding": "visual.conv1",
+    "vision_model.embeddings.position_embedding.weight": "visual.positional_embedding",
+    "vision_model.encoder.layers": "visual.transformer.resblocks",
+    "vision_model.pre_layrnorm": "visual.ln_pre",  # spelled so
+    "vision_model.post_layernorm": "visual.ln_post",
+    "visual_projection.weight": "visual.proj",
+    "self_attn.out_proj": "attn.out_proj", "layer_norm1": "ln_1", "layer_norm2": "ln_2",
+    "mlp.fc1": "mlp.c_fc", "mlp.fc2": "mlp.c_proj",
+}
+
+
+def openai_keys(state):
+    """Any form of state dict or training checkpoint -> OpenAI's keys; what is not known keeps its key."""
+    for wrapper in "state_dict", "model":  # the weights in a checkpoint of open_clip, Lightning or others
+        if isinstance(state.get(wrapper), dict):
+            state = state[wrapper]
+    common = next((key for key in state if key.endswith("logit_scale")), "").removesuffix("logit_scale")  # "module."
+    state = {key.removeprefix(common): tensor for key, tensor in state.items()}
+    if "text.token_embedding.weight" in state:  # open_clip's CustomTextCLIP
+        state = {key.removeprefix("text."): tensor for key, tensor in state.items()}
+    if "text_model.embeddings.token_embedding.weight" in state:
+        state = from_transformers(state)
+    if "logit_bias" in state and state["logit_bias"] == 0:  # open_clip writes one that changes nothing
+        del state["logit_bias"]
+    for key in "input_resolution", "context_length", "vocab_size":  # in OpenAI's archives, beside the weights
+        state.pop(key, None)
+    return state
+
+
+def from_transformers(state):
+    """Rename, join the projections of queries, keys and values, and transpose the two into the joint space."""
+    renamed = {}
+    for key, tensor in state.items():
+        for theirs, openais in TRANSFORMERS_NAMES.items():
+            key = key.replace(theirs, openais)
+        if not key.endswith("position_ids"):  # 0, 1, 2, ..
+            renamed[key] = tensor
+    for key in [key for key in renamed if ".self_attn.q_proj." in key]:
+        parts = [renamed.pop(key.replace("q_proj", part)) for part in ("q_proj", "k_proj", "v_proj")]
+        renamed[key.replace("self_attn.q_proj.", "attn.in_proj_")] = torch.cat(parts)
+    for key in {"visual.proj", "text_projection"} & renamed.keys():
+        renamed[key] = renamed[key].T.contiguous()
+    return renamed
+
+
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64}
+TORCHSCRIPT_NAMES = {
     "DoubleStorage": torch.float64, "FloatStorage": torch.float32, "HalfStorage": torch.float16,
-    "BFloat16Storage": torch.bfloat16, "LongStorage": torch.int64,
+    "BFloat16Storage": torch.bfloat16, "LongStorage": torch.int64, "OrderedDict": OrderedDict,
+    "_rebuild_tensor_v2": lambda storage, offset, size, stride, *_: torch.as_strided(storage, size, stride, offset),
 }
 
 
 def read_weights(path):
-    """A state dict from OpenAI's TorchScript archive, a safetensors file (also gzipped), or a plain state dict.
+    """What is in OpenAI's TorchScript archive, a safetensors file (also gzipped), or a file of torch.save.
 
-    Recognised by content, not by name. No code of the file is run. UserError names the file when it cannot be read.
+    Recognised by content, not by name. No code of the file is run.
     """
-    try:
-        with open(path, "rb") as file:
-            head = file.read(9)
-        gzipped = head[:2] == b"\x1f\x8b"
-        if gzipped or head[8:] == b"{":  # safetensors: eight bytes of length, then JSON
-            with gzip.open(path) if gzipped else open(path, "rb") as file:
-                return read_safetensors(file)
-        if zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as archive:
-                if any(name.endswith("/constants.pkl") for name in archive.namelist()):
-                    return read_torchscript(archive)
-        with open(path, "rb") as file:  # torch.load goes by the name if it gets one
-            return torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # a broken file can fail anywhere in the readers
-        detail = " ".join(str(error).split())[:200]
-        raise UserError(f"{path} is not a whole weights file ({detail}): download it again.") from error
+    with open(path, "rb") as file:
+        head = file.read(9)
+    gzipped = head[:2] == b"\x1f\x8b"
+    if gzipped or head[8:] == b"{":  # safetensors: eight bytes of length, then JSON
+        with gzip.open(path) if gzipped else open(path, "rb") as file:
+            return read_safetensors(file)
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            if any(name.endswith("/constants.pkl") for name in archive.namelist()):
+                return read_torchscript(archive)
+    with open(path, "rb") as file:  # torch.load goes by the name if it gets one
+        return torch.load(file, map_location="cpu", weights_only=True)
 
 
 def read_safetensors(file):
     """Eight bytes of header length, a JSON header {key: dtype, shape, [begin, end)}, raw little-endian tensors."""
-    header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+    length = int.from_bytes(file.read(8), "little")
+    if length > 100_000_000:  # the format's limit
+        raise ValueError("its header is too long")
+    header = json.loads(file.read(length))
     header.pop("__metadata__", None)
     state, position = {}, 0
     for key, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
@@ -600,31 +744,25 @@ def read_torchscript(archive):
     """Its pickle names modules and tensors: only tensors and containers are built, the archive's code is not read."""
     root = next(name for name in archive.namelist() if name.endswith("/data.pkl")).removesuffix("data.pkl")
 
-    class Node:
+    class Module:
         """Stands for a module of the archive; unpickling fills its __dict__ with parameters and submodules."""
 
     class Unpickler(pickle.Unpickler):
-        def find_class(self, module, name):
-            if module.startswith("__torch__"):
-                return Node
-            if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
-                return lambda storage, offset, size, stride, *_: torch.as_strided(storage, size, stride, offset)
-            if (module, name) == ("collections", "OrderedDict"):
-                return OrderedDict
-            if module == "torch" and name in DTYPES:
-                return DTYPES[name]
-            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which weights do not need")
+        def find_class(self, module, name):  # nothing but these, whatever it asks for
+            return Module if module.startswith("__torch__") else TORCHSCRIPT_NAMES[name]
 
         def persistent_load(self, record):
             _, dtype, key, _, _ = record  # "storage", type, key, device, number of elements
             return torch.frombuffer(bytearray(archive.read(f"{root}data/{key}")), dtype=dtype)
 
-    def tensors(node, prefix=""):
-        for name, value in vars(node).items():
-            if isinstance(value, Node):
-                yield from tensors(value, f"{prefix}{name}.")
-            elif isinstance(value, torch.Tensor):
-                yield prefix + name, value
-
     with archive.open(root + "data.pkl") as file:
-        return dict(tensors(Unpickler(file).load()))
+        modules, state = [("", Unpickler(file).load())], {}
+    for prefix, module in modules:  # the list grows while it is walked
+        for name, value in vars(module).items():
+            if isinstance(value, torch.Tensor):
+                state[prefix + name] = value
+            elif isinstance(value, Module):
+                modules.append((f"{prefix}{name}.", value))
+        if len(modules) > 10_000:  # they contain each other
+            raise ValueError("it has too many modules")
+    return state

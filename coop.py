@@ -2,25 +2,27 @@
 
 Zhou, Yang, Loy, Liu: Learning to Prompt for Vision-Language Models, IJCV 2022, arXiv:2109.01134
 
-    t_i = [SOS, v_1 .. v_M, CLASS_i, ".", EOT]              the prompt of class i             Eq. 2
-    p(y = i | x) = softmax_i( cos(g(t_i), f(x)) / tau )     trained with cross-entropy        Eq. 3
+    t_i = [SOS, v_1 .. v_M, CLASS_i, ".", EOT]                            the prompt of class i       Eq. 2
+    t_i = [SOS, v_1 .. v_{M/2}, CLASS_i, v_{M/2+1} .. v_M, ".", EOT]      with the name in the middle Eq. 4
+    p(y = i | x) = softmax_i( cos(g(t_i), f(x)) / tau )                   trained with cross-entropy  Eq. 3
 
     v_1 .. v_M   ctx  (M, D), or (K, M, D) when every class has its own      learned
+    CLASS_i      the word embeddings of the class name, in `suffix`          frozen
     g  clip.text      f  clip.visual      1 / tau  clip.logit_scale.exp()    frozen
 
 All classes share the start token and the context in front of the name, so those are encoded once: see TextBlock in
 clip_min.py. What the paper leaves open is settled as in its code: random contexts are drawn from a normal distribution
-with standard deviation 0.02, they decay like other weights, and every prompt ends where "X .. X CLASS." does, wherever
-the name stands. Official code: github.com/KaiyangZhou/CoOp, trainers/coop.py.
+with standard deviation 0.02, and weight decay applies to them. Official code: github.com/KaiyangZhou/CoOp,
+trainers/coop.py.
 
 To use it elsewhere, copy this file, clip_min.py and assets/bpe_merges.txt.gz.
-B images, K classes, M = n_ctx, D text width, E joint width.
+B images, K classes, M = n_ctx, L tokens of the longest prompt, D text width, E joint width.
 """
 
 import torch
 from torch import nn
 
-from clip_min import Method, UserError, encode, tokenize
+from clip_min import Method, UserError, encode
 
 
 class CoOp(Method):
@@ -48,7 +50,7 @@ class CoOp(Method):
         self.ctx_init, self.class_token_position, self.csc = ctx_init, class_token_position, csc
         super().__init__(clip, classnames, templates)  # calls set_classes, which reads the options above
         if ctx_init:
-            words = tokenize(ctx_init).to(self.zero_shot.device)[0, 1 : 1 + self.n_ctx]
+            words = clip.tokenize(ctx_init)[0, 1 : 1 + self.n_ctx]
             ctx = clip.text.token_embedding(words)  # (M, D)
             ctx = ctx.expand(len(classnames), -1, -1) if csc else ctx
         else:
@@ -61,35 +63,31 @@ class CoOp(Method):
         super().set_classes(classnames)
         context_words = self.ctx_init or " ".join(["X"] * self.n_ctx)
         self.prompt_texts = [f"{self.ctx_init or f'[{self.n_ctx} vectors]'} {name}." for name in self.classnames]
-        tokens = tokenize([f"{context_words} {name}." for name in self.classnames]).to(self.zero_shot.device)
+        tokens = self.clip.tokenize([f"{context_words} {name}." for name in self.classnames])
         eot = tokens.argmax(dim=-1)
         length = int(eot.max()) + 1  # nothing behind the end mark is ever read
         words = self.clip.text.token_embedding(tokens[:, :length])  # (K, L, D): SOS, context, name, ".", EOT
 
-        in_front = {"end": self.n_ctx, "middle": self.n_ctx // 2, "front": 0}[self.class_token_position]
+        # How many vectors of the context stand in front of the name.
+        n_front = {"end": self.n_ctx, "middle": self.n_ctx // 2, "front": 0}[self.class_token_position]
         start, context = [0], list(range(1, 1 + self.n_ctx))
         order = []
         for name in self.classnames:
             end_of_name = 1 + self.n_ctx + len(encode(name))
-            name, rest = range(1 + self.n_ctx, end_of_name), range(end_of_name, length)
-            order.append([*start, *context[:in_front], *name, *context[in_front:], *rest])
-        self.n_shared = 1 if self.csc else 1 + in_front  # what all prompts begin with
+            name_places, rest = range(1 + self.n_ctx, end_of_name), range(end_of_name, length)
+            order.append([*start, *context[:n_front], *name_places, *context[n_front:], *rest])
+        self.n_shared = 1 if self.csc else 1 + n_front  # the tokens that all prompts begin with
         self.order = nn.Buffer(torch.tensor(order, device=tokens.device), persistent=False)  # (K, L)
         self.sos = nn.Buffer(words[:, :1], persistent=False)  # (K, 1, D)
         self.suffix = nn.Buffer(words[:, 1 + self.n_ctx :], persistent=False)  # (K, L-1-M, D)
-        self.eot = nn.Buffer(eot - self.n_shared, persistent=False)  # (K,)
+        self.eot = nn.Buffer(eot - self.n_shared, persistent=False)  # (K,), counted behind the shared tokens
 
     def encode_text(self):
         """-> (K, E), not normalised."""
         ctx = self.ctx.expand(len(self.sos), -1, -1)  # (K, M, D)
-        x = torch.cat([self.sos, ctx, self.suffix], dim=1).take_along_dim(self.order.unsqueeze(-1), dim=1)  # Eq. 2
+        x = torch.cat([self.sos, ctx, self.suffix], dim=1).take_along_dim(self.order.unsqueeze(-1), dim=1)  # Eq. 2, 4
         x = x + self.clip.text.positional_embedding[: x.shape[1]]  # (K, L, D)
         return self.clip.text(x[:1, : self.n_shared], x[:, self.n_shared :], self.eot)
-
-    def encode_image(self, images, text=None):
-        """images (B, 3, R, R) -> (B, E), not normalised."""
-        with torch.no_grad():  # nothing to learn in the image tower
-            return self.clip.encode_image(images)
 
     def for_classes(self, classnames, columns=None):
         """See Method. Class-specific contexts belong to the training classes: `columns` tells which ones to keep."""

@@ -1,22 +1,22 @@
-"""Data sets: which pictures, under which names, in which split, and how they become tensors.
+"""Data sets: their pictures and classes, what is trained on and what is tested, the k shots, and batches of tensors.
 
-    benchmark = load("dtd", root="data", shots=4, seed=1)         # or load("path/to/my/folder")
-    batches = DataLoader(Pictures(benchmark.train, augment(224)), batch_size=32, shuffle=True)
+    bench = load("dtd", root="data", shots=4, seed=1)  # or load("path/to/my/folder")
+    for images, labels in plain_batches(bench.test, clip, device, workers=0): ...  # (B, 3, R, R), (B,)
 
-A name is one of BENCHMARKS, found under `root` in CoOp's or torchvision's layout or downloaded, or of WORLD, drawn on
-first use. Anything else is a folder of your own pictures:
+`load` knows BENCHMARKS, which lie under `root` in CoOp's or torchvision's layout or are downloaded, and WORLD, whose
+pictures are drawn on first use. Anything else is a folder of your own pictures:
 
-    folder/<class>/*.jpg                          split into 50 / 20 / 30 % train / val / test, always the same way
-    folder/{train,val,test}/<class>/*.jpg         as it stands; val (valid, validation) may be absent
-    folder/split.json                             {"train": [["cats/1.jpg", 0, "cat"], ...], "val": ..., "test": ...}
-    folder/classnames.txt                         optional, beside the first two; a line: <class folder> <readable name>
+    folder/<class>/*.jpg                 a hash of the path chooses 70 % of each class for training, the rest is tested
+    folder/{train,test}/<class>/*.jpg    taken as it stands; a folder val beside them is never read
+    folder/split.json                    {"train": [["cats/1.jpg", 0, "cat"], ...], "val": ..., "test": ...}
+    folder/classnames.txt                optional beside class folders; a line: <class folder> <readable name>
 
-The protocol is that of CoOp (arXiv:2109.01134, github.com/KaiyangZhou/CoOp), so that numbers compare:
-- the splits are CoOp's lists, split_zhou_*.json; torchvision splits the same pictures differently. Aircraft has lists
-  of its own; ImageNet and its shifts are class folders, sorted, where CoOp's picks follow the chance order of a disk;
-- k shots: for each class, in the order in which the classes first appear in the list, random.sample(its pictures, k);
-  then min(k, 4) per class of the val list from the same stream. The same seed gives CoOp's pictures, in CoOp's order;
-- the whole test set, resized and centre-cropped as CLIP does (clip_min.preprocess); random crops and flips to train.
+The protocol is CoOp's (arXiv:2109.01134, github.com/KaiyangZhou/CoOp), so that numbers can be compared:
+- The splits are CoOp's lists, split_zhou_*.json; torchvision splits the same pictures differently. FGVC Aircraft has
+  lists of its own. ImageNet and its shifts are class folders, sorted, where CoOp's picks follow the chance of a disk.
+- For k shots every class gives random.sample(its pictures, k), in the order in which the classes first appear. Then
+  every class of the val list gives min(k, 4) from the same stream. The same seed gives CoOp's pictures in CoOp's order.
+- All test pictures are used, resized and centre-cropped as CLIP does it; those for training are cropped and flipped.
 """
 
 import csv
@@ -24,21 +24,26 @@ import functools
 import hashlib
 import itertools
 import json
+import math
 import os
 import random
 import re
 import shutil
 import sys
+import tarfile
 import tempfile
+import time
+import unicodedata
+import zipfile
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from PIL import Image, ImageDraw, ImageOps
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, get_worker_info
 from torchvision import transforms as T
 
 from clip_min import ASSETS, MEAN, STD, UserError, download, file_digest, preprocess
@@ -46,217 +51,286 @@ from clip_min import ASSETS, MEAN, STD, UserError, download, file_digest, prepro
 
 @dataclass(frozen=True)
 class Source:
-    """A row of assets/benchmarks.json."""
+    """Where a benchmark comes from: a row of assets/benchmarks.json."""
     name: str
-    aliases: list[str]          # other names for it; upper case and "-", "_", " " do not matter
-    images: list[str]           # image folder under root, CoOp's and torchvision's; the first step is the set's folder
-    holds: str = ""             # a folder in the image folder, where that is the set's folder itself
-    split: str = ""             # CoOp's list, in the set's folder
-    blob: str = ""              # the list's git blob id
-    archive: str = ""           # url of the pictures
+    aliases: list[str]  # upper case and "-", "_", " " do not matter
+    images: list[str]  # image folders under root, CoOp's and torchvision's; the first step is the data set's folder
+    holds: str = ""  # a folder in the image folder, where the image folder is the data set's folder itself
+    split: str = ""  # the name of CoOp's list, which lies in the data set's folder
+    blob: str = ""  # the list's git blob id
+    archive: str = ""  # the address of the pictures
     md5: str = ""
-    nested: str = ""            # the archive in the archive
-    inside: str = ""            # the folder in the archive that is put into the set's folder
-    by_hand: str = ""           # where no link lives: layout and source
-    template: str = "a photo of a {}."     # CoOp's
+    nested: str = ""  # a second archive inside the archive
+    inside: str = ""  # the folder in the archive that is put into the data set's folder
+    by_hand: str = ""  # layout and source, where no address works
+    template: str = "a photo of a {}."  # CoOp's
 
 
-BENCHMARKS = {row["name"]: Source(**row) for row in json.loads((ASSETS / "benchmarks.json").read_text("utf-8"))}
-SPLITS = "https://raw.githubusercontent.com/linzhiqiu/cross_modal_adaptation/main/splits/"     # CoOp's are on a Drive
-PARTS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
-SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
-KEEP_BYTES = 2 * 2**30     # 16 shots of DTD decode to about 0.8 GB; leaves room for CLIP on a machine with 8 GB
+TABLES = json.loads((ASSETS / "benchmarks.json").read_text("utf-8"))
+BENCHMARKS = {row["name"]: Source(**row) for row in TABLES["benchmarks"]}
+SPLITS = "https://raw.githubusercontent.com/linzhiqiu/cross_modal_adaptation/main/splits/"  # CoOp's are on a Drive
+MOST_FILES, MOST_BYTES = 200_000, 10 * 2**30  # of an archive; the largest, Food-101, has 101,000 pictures in 5 GB
+KEEP_BYTES = 2 * 2**30  # 16 shots of DTD decode to about 0.8 GB; leaves room for CLIP on a machine with 8 GB
+SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".jp2")
+SUFFIXES += (".avif",) if ".avif" in Image.registered_extensions() else ()  # not in every Pillow
+OF_SYSTEMS = ("__MACOSX", "@eaDir", "#recycle", "$RECYCLE.BIN", "lost+found", "Thumbs.db", "desktop.ini")
 
 
 @dataclass(frozen=True)
 class Benchmark:
+    """A data set that is ready for use. Labels count from 0."""
     name: str
-    classnames: list[str]                    # by label; two classes may share a name, so nothing maps names to labels
-    templates: tuple[str, ...]               # hand-written prompts, each with one {}
-    train: list[tuple[str, int]]             # (path, label), after the choice of shots
+    classnames: list[str]  # by label; two classes may share a name, so nothing here maps names to labels
+    templates: tuple[str, ...]  # hand-written prompts, each with one {}
+    train: list[tuple[str, int]]  # (path, label) of the chosen shots
     val: list[tuple[str, int]]
     test: list[tuple[str, int]]
-    folder: Path                             # every path begins with it
-    own: bool = False                        # a user's own pictures, see read()
-    class_ids: list[int] | None = None       # ImageNet's class numbers, where the classes are some of ImageNet's
+    folder: Path  # every path begins with it
+    own: bool = False  # these are a user's own pictures, see read()
+    class_ids: list[int] | None = None  # by label, the numbers of ImageNet's classes, where these are some of them
 
     @property
     def picks(self):
-        """sha256 of the training list: the same pictures in the same order give the same, on any machine."""
-        lines = (f"{path[len(str(self.folder)) + 1 :]} {label}\n" for path, label in self.train)
+        """sha256 of the training list: the same pictures in the same order give the same."""
+        lines = (f"{self.relative(path)} {label}\n" for path, label in self.train)
         return hashlib.sha256("".join(lines).encode("utf-8", "surrogateescape")).hexdigest()
 
+    def relative(self, path):
+        """A picture's path in the folder, which is the same on any machine."""
+        return path[len(str(self.folder)) + 1 :]
 
-def load(name_or_folder, root="data", shots=16, seed=1):
-    """A Benchmark with `shots` training pictures per class, or all for 0. "dtd" is the benchmark, "./dtd" a folder."""
+    def fingerprints(self):
+        """-> {path in the folder: sha256} of the training pictures, by which a finished run remembers them."""
+        return {self.relative(path): file_digest(Path(path), "sha256") for path, _ in self.train}
+
+    def without_trained(self, fingerprints, same_folder):
+        """-> the Benchmark without those test pictures that the run with these fingerprints was trained on.
+
+        A picture is recognised by its content and, if the run was trained on this same folder, also by its path.
+        """
+        paths, contents = fingerprints if same_folder else {}, set(fingerprints.values())
+        test = [(path, label) for path, label in self.test
+                if self.relative(path) not in paths and file_digest(Path(path), "sha256") not in contents]
+        if not test:
+            raise UserError(f"the run was trained on all {len(self.test)} test pictures of {self.name}: test others")
+        return replace(self, test=test)
+
+
+def load(name_or_folder, root="data", shots=16, seed=1, whole=False):
+    """-> Benchmark with `shots` training pictures per class, or with all of them for 0.
+
+    "dtd" is the benchmark and "./dtd" a folder. `whole` is for a folder that is only tested: all pictures of its class
+    folders are test pictures, and a folder test needs no folder train beside it.
+    """
     if shots < 0:
         raise UserError(f"shots must be 0, for all pictures, or more, found {shots}")
-    (name, path), class_ids = identify(name_or_folder), None
-    root, folder = Path(root).expanduser(), Path(path)
+    name, path = identify(name_or_folder)
+    root, folder, template, class_ids = Path(root).expanduser(), Path(path), Source.template, None
     try:
         if path:
-            split_file = folder / "split.json"
-            split, classnames = read_split(split_file) if split_file.exists() else read_folders(folder)
-        elif name in BENCHMARKS:
-            home, folder = find_images(BENCHMARKS[name], root)
+            has_list = (folder / "split.json").exists()
+            split, classnames = read_split(folder / "split.json") if has_list else read_folders(folder, whole)
+        elif name in WORLD:
+            folder = root / name
+            if not folder.exists():
+                with working_folder(folder, name) as temporary:
+                    draw_world(name, temporary / name)
+            split, classnames = read_folders(folder)
+        else:
+            source = BENCHMARKS[name]
+            template, (home, folder) = source.template, find_images(source, root)
             if name.startswith("imagenet"):
                 split, classnames, class_ids = read_imagenet(folder, name)
             elif name == "fgvc_aircraft":
                 split, classnames = read_aircraft(folder)
             else:
-                split, classnames = read_split(find_split(BENCHMARKS[name], home))
-        else:
-            folder = root / name
-            if not folder.exists():
-                root.mkdir(parents=True, exist_ok=True)
-                with tempfile.TemporaryDirectory(dir=root, prefix=f".{name}.") as temporary:
-                    draw_world(name, Path(temporary, name))
-                    put_in_place(Path(temporary, name), folder)
-            split, classnames = read_folders(folder)
-    except OSError as error:     # a folder that may not be read, a full disk, a root that is a file
+                split, classnames = read_split(home / source.split)
+    except OSError as error:  # a folder that may not be read, a full disk, a root that is a file
         raise UserError(f"{error.filename or folder} cannot be used ({error.strerror}): give another folder") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"a list or classnames.txt of {folder} is not in UTF-8 ({error}): save it as UTF-8") from error
 
     if shots:
-        counts = Counter(label for _, label in split["train"]).items()
-        if few := [f"{classnames[label]} ({count})" for label, count in counts if count < shots]:
-            warn(f"all pictures taken of classes with fewer than {shots}: {', '.join(few)}")
-        rng = random.Random(seed)     # the stream of CoOp's random.seed(seed), leaving the global one alone
+        counts = Counter(label for _, label in split["train"])
+        if few := [f"{classnames[label]} ({count})" for label, count in counts.items() if count < shots]:
+            warn(f"all training pictures are taken of classes with fewer than {shots}: {shortened(few)}"
+                 + ("; 30 % of a folder without folders train and test are tested" if path else ""))
+        rng = random.Random(seed)  # the stream of CoOp's random.seed(seed); the global one is left alone
         split["train"] = sample(split["train"], shots, rng)
         split["val"] = sample(split["val"], min(shots, 4), rng)
-    templates = (BENCHMARKS[name].template if name in BENCHMARKS and not path else Source.template,)
-    readable = [classname.replace("_", " ") for classname in classnames]
-    found = find_files(folder, split)
-    return Benchmark(name, readable, templates, **found, folder=folder, own=bool(path), class_ids=class_ids)
-
-
-def columns(target, class_ids):
-    """Which of the training classes, whose numbers in ImageNet are class_ids, are the target's; None if not all are."""
-    if class_ids and target.class_ids and set(target.class_ids) <= set(class_ids):
-        return [class_ids.index(i) for i in target.class_ids]
-    return None
-
-
-def require_same_classes(bench, targets):
-    """The targets' classes are to be bench's or some of them, and each is another data set."""
-    for i, target in enumerate(targets):
-        if target.name in [bench.name, *(other.name for other in targets[:i])]:
-            raise UserError(f"--eval-on names {target.name}, which is tested already: name each data set once")
-        if target.classnames != bench.classnames and columns(target, bench.class_ids) is None:
-            raise UserError(f"the classes of {target.name} are not those of {bench.name}: give --eval-on shifted data "
-                            "of the same classes")
-
-
-def published(run, data_name):
-    """What the papers report for a run, or for its shifts: [(accuracy, "DPT, Table II"), ...], one, several or none."""
-    shots = "0" if run.method == "zeroshot" else str(run.shots)
-    with (ASSETS / "published.csv").open(newline="") as file:
-        rows = [row for row in csv.DictReader(file) if not run.data_path
-                and (row["method"], row["backbone"], row["shots"], row["dataset"])
-                == (run.method, run.backbone, shots, data_name)]
-    changed = {key: value for key, value in run.changed.items() if key != "precision"}
-    return [(float(row["accuracy"]), f"{row['paper']}, {row['table']}") for row in rows
-            if dict(pair.split("=", 1) for pair in row["options"].split(";") if pair) == changed]
+    bench = Benchmark(name, [classname.replace("_", " ") for classname in classnames], (template,),
+                      **find_files(folder, split), folder=folder, own=bool(path), class_ids=class_ids)
+    warn_of_names(bench)
+    return bench
 
 
 def identify(name_or_folder):
-    """-> the name of a data set and "", or a user's own folder's name and its path."""
-    names = {alias: known for known, source in BENCHMARKS.items() for alias in (known, *source.aliases)}
-    plain = {re.sub("[-_ ]", "", alias): known for alias, known in (names | {world: world for world in WORLD}).items()}
-    folder = Path(name_or_folder).expanduser()
-    if known := plain.get(re.sub("[-_ ]", "", str(name_or_folder).lower())):
+    """-> (a data set's name, "") or (the name of a user's own folder, its absolute path)."""
+    def plain(name):
+        return re.sub("[-_ ]", "", name.lower())
+
+    text, folder = str(name_or_folder), Path(name_or_folder).expanduser()
+    names = {plain(name): name for name in (*BENCHMARKS, *WORLD)}
+    aliases = {plain(alias): source.name for source in BENCHMARKS.values() for alias in source.aliases}
+    if known := names.get(plain(text)) or aliases.get(plain(text)):
+        if folder.is_dir() and plain(text) in aliases:
+            raise UserError(f"{text} is short for {known} and also a folder here: give {known} or ./{text}")
+        if folder.is_dir():
+            warn(f"{text} is taken as the data set of this name: for the folder of this name give ./{text}")
         return known, ""
     if not folder.is_dir():
-        known = ", ".join([*BENCHMARKS, *WORLD])
-        raise UserError(f"no data set or folder is called {name_or_folder}: give a folder, or one of {known}")
+        raise UserError(f"no data set or folder is called {text}: give a folder, or one of {', '.join(names.values())}")
     return folder.resolve().name, str(folder.resolve())
-
-
-@functools.cache     # each message once, also when several seeds load the same data
-def warn(message):
-    print(f"warning: {message}", file=sys.stderr)
 
 
 def sample(items, k, rng):
     """k of the (path, label) per label, as Dassl draws them; a class with fewer is taken whole, without a draw."""
-    groups = {}     # by label, in order of first appearance
+    groups = {}  # by label, in order of first appearance
     for item in items:
         groups.setdefault(item[1], []).append(item)
     return [item for group in groups.values() for item in (rng.sample(group, k) if len(group) >= k else group)]
 
 
-# ---- Splits: {"train": [(path in the image folder, label)], "val": ..., "test": ...} ----
+def columns(target, class_ids):
+    """-> where the target's classes stand among those with these ImageNet numbers, or None if not all are there."""
+    if class_ids and target.class_ids and set(target.class_ids) <= set(class_ids):
+        return [class_ids.index(number) for number in target.class_ids]
+    return None
 
+
+def require_same_classes(bench, targets):
+    """UserError unless every target has the classes of `bench` or some of them, and none is named twice."""
+    for i, target in enumerate(targets):
+        if target.folder in [other.folder for other in (bench, *targets[:i])]:
+            raise UserError(f"--eval-on names {target.folder}, which is tested already: name each data set once")
+        if target.classnames != bench.classnames and columns(target, bench.class_ids) is None:
+            differing = sorted(set(bench.classnames) ^ set(target.classnames))
+            raise UserError(f"the classes of {target.name} are not those of {bench.name}, they differ in "
+                            f"{shortened(differing) or 'order'}: give --eval-on shifted data of the same classes")
+
+
+def shortened(names):
+    """-> "a, b, c, d, e and 317 more"."""
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+def warn_of_names(bench):
+    """Warn of one class alone, and of own classes whose names CLIP's tokenizer reads alike."""
+    if len(bench.classnames) == 1:
+        warn(f"{bench.folder} has one class alone, {bench.classnames[0]}: it is always right, 100 % means nothing")
+    folders, alike = {label: str(Path(path).parent) for path, label in bench.train + bench.test}, {}
+    for label, classname in enumerate(bench.classnames if bench.own else []):
+        alike.setdefault(unicodedata.normalize("NFKC", classname).lower(), []).append(folders[label])
+    for places in alike.values():
+        if len(places) > 1:
+            warn(f"to CLIP {shortened(places)} have the same class name: give them different names")
+
+
+@functools.cache  # each message once, also when several seeds load the same data
+def warn(message):
+    if get_worker_info() is None or get_worker_info().id == 0:  # the first of the loader's processes speaks for all
+        print(f"warning: {message}", file=sys.stderr)
+
+
+def published(run, data_name):
+    """What the papers report for a run's settings on a data set. -> [(accuracy, "DPT, Table II"), ...], often empty.
+
+    A row of published.csv fits if the run has its options, and if the user changed nothing else.
+    """
+    shots = "0" if run.method == "zeroshot" else str(run.shots)
+    values, found = {key: spell(value) for key, value in (run.options | run.recipe).items()}, []
+    with (ASSETS / "published.csv").open(newline="") as file:
+        for row in csv.DictReader(file):
+            options = dict(pair.split("=", 1) for pair in row["options"].split(";") if pair)
+            settings = row["method"], row["backbone"], row["shots"], row["dataset"]
+            if (not run.data_path and settings == (run.method, run.backbone, shots, data_name)
+                    and options.items() <= values.items() and run.changed.keys() - {"precision"} <= options.keys()):
+                found.append((float(row["accuracy"]), f"{row['paper']}, {row['table']}"))
+    return found
+
+
+def spell(value):
+    """A value of an option or of a recipe, as assets/published.csv writes it."""
+    return f"{value:g}" if isinstance(value, float) else str(value).lower()
+
+
+# ---- Splits: {"train": [(path in the image folder, label)], "val": ..., "test": ...} ----
 
 def read_split(file):
     """A list in CoOp's schema, checked. -> split, class names."""
-    names, split = {}, {"train": [], "val": [], "test": []}
+    split, names = {"train": [], "val": [], "test": []}, {}
     try:
-        lists = json.loads(file.read_text(encoding="utf-8-sig"))
+        lists = json.loads(file.read_text("utf-8-sig"))
         rows = [(part, *row) for part in split for row in lists.get(part, [])]
-        for _, path, label, name in rows:
+        for part, path, label, name in rows:
             if not (isinstance(path, str) and type(label) is int and isinstance(name, str)):
                 raise TypeError(f"found {[path, label, name]}")
+            steps = [step for step in path.replace("\\", "/").split("/") if step not in ("", ".")]
+            if ".." in steps:
+                raise ValueError(f"{path} leaves the image folder")
+            if names.setdefault(label, name) != name:
+                raise ValueError(f"label {label} has two names, {names[label]} and {name}")
+            split[part].append(("/".join(steps), label))
+        trained, tests = {label for _, label in split["train"]}, len(split["test"])
+        if not tests or trained != set(range(len(names))):
+            raise ValueError(f"of {len(names)} labels {len(trained)} have training pictures, and {tests} test pictures "
+                             "are there; labels count from 0 without a gap, and each has training pictures")
     except (ValueError, TypeError, AttributeError) as error:
         raise UserError(f'{file} is no {{"train": [[path, label, name], ...], ...}} ({error}): mend it') from error
-    for part, path, label, name in rows:
-        steps = [step for step in path.replace("\\", "/").split("/") if step not in ("", ".")]
-        if ".." in steps:
-            raise UserError(f"{file} lists {path}, which leaves the image folder: take the .. out")
-        if names.setdefault(label, name) != name:
-            raise UserError(f"{file} gives label {label} two names, {names[label]} and {name}: keep one")
-        split[part].append(("/".join(steps), label))
-    labels = {label for _, label in split["train"]}
-    if not split["test"] or labels != set(range(len(names))):
-        raise UserError(f"{file} has {len(names)} labels, {len(labels)} of them to train, and {len(split['test'])} test"
-                        " pictures: number the labels from 0 without a gap, each with training pictures, and add tests")
     return split, [names[label] for label in range(len(names))]
 
 
-def read_folders(folder):
-    """Class folders, or train, val and test folders of class folders; classnames.txt. -> split, class names."""
-    subfolders = visible(folder, os.DirEntry.is_dir)
-    parts = {PARTS[name]: name for name in subfolders if name in PARTS}
-    split = {"train": [], "val": [], "test": []}
-    if {"train", "test"} <= parts.keys() or (parts and len(parts) == len(subfolders)):
-        if absent := {"train", "test"} - parts.keys():
-            raise UserError(f"{folder} has {' and '.join(parts.values())} but no folder {absent.pop()}: add it")
-        found = {part: class_folders(folder / name) for part, name in parts.items()}
-        classes = found["train"]
-        for part, name in parts.items():
-            if differing := sorted(found[part].keys() ^ classes.keys()):
-                raise UserError(f"{differing[0]} is not in both {folder / 'train'} and {folder / name}: add it")
-            split[part] = [(f"{name}/{class_name}/{file}", label)
-                           for label, class_name in enumerate(classes) for file in found[part][class_name]]
+def read_folders(folder, whole=False):
+    """Class folders, or folders train and test of class folders; classnames.txt. -> split, class names."""
+    folders = contents(folder)[0]
+    spellings = {"train": ("train", "training"), "val": ("val", "valid", "validation"), "test": ("test", "testing")}
+    places = {part: [name for name in folders if name.lower() in spellings[part]] for part in spellings}
+    if (places["train"] and places["test"]) or (folders and sum(map(len, places.values())) == len(folders)):
+        needed = ("test",) if whole else ("train", "test")
+        for part, names in places.items():
+            if len(names) > 1 or (part in needed and not names):
+                raise UserError(f"{folder} must have one folder {part}, found {' and '.join(names) or 'none'}")
+        split, classes = read_parts(folder, {part: f"{places[part][0]}/" for part in needed})
     else:
-        classes = class_folders(folder)
-        rng = random.Random(1)     # CoOp's read_and_split_data; not the run's seed, so that the test set stays
-        for label, (name, files) in enumerate(classes.items()):
-            if len(files) < 2:
-                raise UserError(f"{folder / name} has one picture: a class needs two, one to train and one to test")
-            rng.shuffle(files)
-            a = round(0.5 * len(files))
-            b = min(a + round(0.2 * len(files)), len(files) - 1)     # of three pictures, one is left for the test
-            for part, chosen in ("train", files[:a]), ("val", files[a:b]), ("test", files[b:]):
-                split[part] += [(f"{name}/{file}", label) for file in chosen]
+        split, classes = read_parts(folder, {"test": ""})
+        if not whole:
+            split = divide(folder, split["test"])
 
     names, file = {name: name for name in classes}, folder / "classnames.txt"
-    for line in file.read_text(encoding="utf-8-sig").splitlines() if file.exists() else []:
-        fitting = [name for name in names if line.startswith(f"{name} ")]
-        if line.strip() and not fitting:
+    content = file.read_bytes() if file.exists() else b""
+    encoding = "utf-16" if content.startswith((b"\xff\xfe", b"\xfe\xff")) else "utf-8-sig"  # PowerShell's > and others
+    for line in filter(str.strip, content.decode(encoding).splitlines()):
+        fitting = [name for name in names if line.startswith(name) and line[len(name) :].startswith((" ", "\t", ","))]
+        if not fitting:
             raise UserError(f"{file} has the line {line!r}: begin it with the name of a class folder and a blank")
-        if fitting:
-            name = max(fitting, key=len)     # a folder's name may have blanks of its own
-            names[name] = line[len(name) :].strip()
+        name = max(fitting, key=len)  # a folder's name may have blanks of its own
+        names[name] = line[len(name) + 1 :].strip()
     return split, list(names.values())
 
 
+def divide(folder, items):
+    """Split each class: 70 % of its pictures, at least one, are for training; the rest, at least one, are tested.
+
+    The pictures are ordered by a hash of their path. One that is added later moves at most one other across the border.
+    """
+    split = {"train": [], "val": [], "test": []}
+    for _, group in itertools.groupby(items, key=lambda item: item[1]):
+        group = sorted(group, key=lambda item: hashlib.sha256(os.fsencode(item[0])).digest())
+        if len(group) < 2:
+            raise UserError(f"{folder / group[0][0]} is the one picture of its class: add one, to train and to test")
+        border = min(max(round(0.7 * len(group)), 1), len(group) - 1)
+        split["train"] += group[:border]
+        split["test"] += group[border:]
+    return split
+
+
 def read_aircraft(folder):
-    """FGVC Aircraft's own lists, beside the image folder. Names have slashes, F/A-18, and are never a path."""
+    """FGVC Aircraft's own lists, beside the image folder. Its names have slashes, F/A-18, and are never a path."""
     split, classnames = {}, list(filter(None, (folder.parent / "variants.txt").read_text("utf-8").splitlines()))
     for part in "train", "val", "test":
         file, split[part] = folder.parent / f"images_variant_{part}.txt", []
         for line in filter(None, file.read_text("utf-8").splitlines()):
-            image, _, name = line.partition(" ")     # 1025794 707-320
+            image, _, name = line.partition(" ")  # 1025794 707-320
             if name not in classnames:
                 raise UserError(f"{file} has the line {line!r}, which ends with no line of variants.txt: mend it")
             split[part].append((f"{image}.jpg", classnames.index(name)))
@@ -267,161 +341,179 @@ def read_imagenet(folder, name):
     """ImageNet, or one of its shifts, which is test pictures only. -> split, class names, ImageNet's class numbers.
 
     Class folders are called by wnid, in ImageNetV2 by number; sorted as text, 10 would come before 2. The names are
-    OpenAI's: torchvision's cost accuracy.
+    OpenAI's; torchvision's cost accuracy.
     """
     rows = [line.split(" ", 1) for line in (ASSETS / "imagenet_classes.txt").read_text().splitlines()]
     number = {key: i for i, (wnid, _) in enumerate(rows) for key in (wnid, str(i))}
-    split, keys = {"train": [], "val": [], "test": []}, None
-    for part, place in {"train": "train/", "test": "val/"}.items() if name == "imagenet" else [("test", "")]:
-        classes = class_folders(folder / place)
-        if strangers := sorted(classes.keys() - number.keys()):
-            raise UserError(f"{folder / place / strangers[0]} is not named like a class of ImageNet: move it away")
-        if keys and classes.keys() != set(keys):
-            raise UserError(f"{folder / 'train'} and {folder / 'val'} have different class folders: complete them")
-        keys = sorted(classes, key=number.get)
-        split[part] = [(f"{place}{key}/{file}", label) for label, key in enumerate(keys) for file in classes[key]]
+    places = {"train": "train/", "test": "val/"} if name == "imagenet" else {"test": ""}
+    split, keys = read_parts(folder, places, order=lambda key: number.get(key, -1))
+    if keys[0] not in number:
+        raise UserError(f"{folder / places['test'] / keys[0]} is not named like a class of ImageNet: move it away")
     class_ids = [number[key] for key in keys]
     return split, [rows[i][1] for i in class_ids], class_ids
 
 
-def class_folders(folder):
-    """-> {class folder: its picture files}, both sorted, since what a disk lists first is chance."""
-    def is_picture(entry):
-        return entry.name.lower().endswith(SUFFIXES) and entry.is_file()
+def read_parts(folder, places, order=None):
+    """{"train": "train/", "test": "val/"}: folders of the same class folders. -> split, class folders by label."""
+    found = {part: class_folders(folder / place) for part, place in places.items()}
+    for part, other in itertools.permutations(places, 2):
+        if lacking := [name for name in found[other] if name not in found[part]]:
+            raise UserError(f"{folder / places[part]} lacks class folders that {folder / places[other]} has, "
+                            f"{shortened(lacking)}: add them")
+    names, split = sorted(found["test"], key=order), {"train": [], "val": [], "test": []}
+    for part, place in places.items():
+        split[part] = [(f"{place}{name}/{file}", label)
+                       for label, name in enumerate(names) for file in found[part][name]]
+    return split, names
 
-    classes = {name: visible(folder / name, is_picture) for name in visible(folder, os.DirEntry.is_dir)}
-    if not classes:
-        raise UserError(f"{folder} has no class folders: put the pictures of each class into a folder of its own")
-    for name, files in classes.items():
-        if not files:
-            raise UserError(f"{folder / name} has no pictures ({' '.join(SUFFIXES)}): add some or remove the folder")
+
+def class_folders(folder):
+    """-> {class folder: its pictures}. What else lies in the folders is counted in one line."""
+    folders, stray, _ = contents(folder)
+    if not folders:
+        raise UserError(f"{folder} has {len(stray)} pictures and no class folders: put the pictures of each class into "
+                        f"a folder of its own or, if this is one of them, give {folder.parent}")
+    classes, left_out = {}, Counter({"beside the class folders": len(stray)})
+    for name in folders:
+        inner, classes[name], others = contents(folder / name)
+        if not classes[name]:
+            advice = f"if {shortened(inner)} are classes, give {folder / name}" if inner else "add some or remove it"
+            raise UserError(f"{folder / name} has no pictures ({' '.join(SUFFIXES)}): {advice}")
+        left_out += Counter(["folders" for _ in inner] + [Path(other).suffix.lower() or "files" for other in others])
+    if left_out:
+        warn(f"left out in {folder}: {shortened([f'{count} {kind}' for kind, count in left_out.most_common()])}")
     return classes
 
 
-def visible(folder, wanted):
-    """Sorted names of the wanted entries, links followed; without hidden ones and what macOS adds to zip files."""
-    with os.scandir(folder) as entries:
-        return sorted(entry.name for entry in entries if not entry.name.startswith((".", "__MACOSX")) and wanted(entry))
+def contents(folder):
+    """-> the names of a folder's subfolders, of its pictures, and of its other files. Links are followed."""
+    with os.scandir(folder) as found:
+        seen = [entry for entry in found if not entry.name.startswith(".") and entry.name not in OF_SYSTEMS]
+    folders = sorted(entry.name for entry in seen if entry.is_dir())  # the order on a disk is chance
+    files = sorted(entry.name for entry in seen if entry.is_file())
+    pictures = [name for name in files if name.lower().endswith(SUFFIXES)]
+    return folders, pictures, [name for name in files if not name.lower().endswith(SUFFIXES)]
 
 
 def find_files(folder, split):
-    """The split with full paths, each file known to be there. A listing per folder is faster than a look per file."""
-    @functools.cache
-    def names(path):     # as they are and, for lists made where case does not matter, in lower case
-        listed = os.listdir(path) if os.path.isdir(path) else []
-        return {name.casefold(): name for name in listed} | {name: name for name in listed}
-
-    found, missing, respelled = {part: [] for part in split}, [], []
-    for part, items in split.items():
-        for relative, label in items:
-            path = str(folder)
-            for step in relative.split("/"):
-                name = names(path).get(step) or names(path).get(step.casefold())
-                if name is None:
-                    missing.append(relative)
-                    break
-                path = f"{path}/{name}"
-            if path != f"{folder}/{relative}":
-                respelled.append(relative)
-            found[part].append((path, label))
+    """The split with full paths, each file known to be there."""
+    missing = [path for items in split.values() for path, _ in items if not os.path.exists(f"{folder}/{path}")]
     if missing:
-        total, first = sum(map(len, split.values())), ", ".join(missing[:3])
-        raise UserError(f"{len(missing)} of {total} pictures are not in {folder}, the first are {first}: add them")
-    if respelled:
-        warn(f"{len(respelled)} pictures in {folder} differ from the list in upper and lower case, as {respelled[0]}")
-    return found
+        raise UserError(f"{len(missing)} of {sum(map(len, split.values()))} pictures are not in {folder}: "
+                        f"{shortened(missing)}: add them, in the spelling of the list")
+    return {part: [(f"{folder}/{path}", label) for path, label in items] for part, items in split.items()}
 
 
 # ---- Fetching what is not there ----
 
-
 def find_images(source, root):
-    """-> the set's folder, its image folder. What is absent is downloaded and then there whole or not at all."""
-    places = [(root / home, images) for home, images in (path.split("/", 1) for path in source.images)]
-    is_home = source.split and (root / source.split).exists()
-    if is_home or {root.absolute().name, root.resolve().name} & {home.name for home, _ in places}:
-        places = [(root, images) for _, images in places] + places     # root is the data set's own folder
+    """-> the data set's folder and its image folder. Lists and pictures that are absent are downloaded."""
+    layouts = [path.split("/", 1) for path in source.images]
+    places = [(root / home, images) for home, images in layouts]
+    has_list = source.split and (root / source.split).exists()
+    if has_list or {root.absolute().name, root.resolve().name} & {home for home, _ in layouts}:
+        places = [(root, images) for _, images in layouts] + places  # root is the data set's own folder
 
     def found():
         return next(((home, home / images) for home, images in places if (home / images / source.holds).is_dir()), None)
 
-    if found():
-        return found()
-    home = places[0][0]
-    if not source.archive:
+    home, images = found() or places[0]
+    if not found() and not source.archive:
         raise UserError(f"{source.name} is not under {root} and cannot be downloaded: put its pictures into "
-                        f"{Path(*places[0])}: {source.by_hand}")
-    if source.split:
-        find_split(source, home)     # first, since the archive is of no use without it
-    archive = home / source.archive.rsplit("/")[-1]
-    if not archive.exists():
-        fetch(source.archive, archive, "md5", source.md5)
-    elif file_digest(archive, "md5") != source.md5:     # put there by hand
-        raise UserError(f"{archive} is not {source.archive} as it should be (md5): remove it, to download it again")
-    with tempfile.TemporaryDirectory(dir=home, prefix=".unpack.") as temporary:
-        try:     # tarfile's filter refuses members that leave the folder; of zip files shutil leaves such ones out
-            for packed in [archive] + [Path(temporary, source.nested)] * bool(source.nested):
-                if not packed.is_file():
-                    raise shutil.ReadError(f"no {source.nested} in it")
-                shutil.unpack_archive(packed, temporary, **{} if packed.suffix == ".zip" else {"filter": "data"})
-            if not Path(temporary, source.inside).is_dir():
-                raise shutil.ReadError(f"no folder {source.inside} in it")
-        except Exception as error:     # of a broken archive, of many kinds; those of the disk have a number
-            if getattr(error, "errno", None):
-                raise
-            raise UserError(f"{archive} cannot be unpacked ({error}): remove it, to download it again") from error
-        put_in_place(Path(temporary, source.inside), home / Path(source.inside).name)
+                        f"{home / images}: {source.by_hand}")
+    if source.split and not (home / source.split).exists():  # first: the archive is of no use without the list
+        download(SPLITS + source.split, home / source.split, "git", source.blob)
+    if not found():
+        archive = home / source.archive.rsplit("/")[-1]
+        if not archive.exists():
+            download(source.archive, archive, "md5", source.md5)
+        elif file_digest(archive, "md5") != source.md5:  # put there by hand
+            raise UserError(f"{archive} is not {source.archive} as it should be (md5): remove it, to download it again")
+        unpack(source, archive, home)
     return found()
 
 
-def find_split(source, home):
-    """-> CoOp's list in the set's folder; one that is there is the user's choice, else it is downloaded."""
-    path = home / source.split
-    if not path.exists():
-        fetch(SPLITS + source.split, path, "git", source.blob)
-    return path
+def unpack(source, archive, home):
+    """Put the pictures of an archive into the data set's folder. An archive that is broken or a bomb is a UserError."""
+    with working_folder(home / Path(source.inside).name, source.inside) as temporary:
+        try:
+            extract(archive, temporary)
+            if source.nested:
+                extract(temporary / source.nested, temporary)
+            if not (temporary / source.inside).is_dir():
+                raise ValueError(f"no folder {source.inside} in it")
+        except Exception as error:  # of a broken archive, of many kinds; those of the disk have a number
+            if getattr(error, "errno", None) or isinstance(error, MemoryError):
+                raise
+            detail = " ".join(str(error).split())
+            raise UserError(f"{archive} cannot be unpacked ({detail}): remove it, to download it again") from error
 
 
-def fetch(url, path, algorithm, digest):
-    """download(), with the way out for a machine that cannot reach the url."""
-    try:
-        download(url, path, algorithm, digest)
-    except UserError as error:
-        raise UserError(f"{path} is missing: put {url} there ({error})") from error
+def extract(archive, folder):
+    """Extract a zip or tar file. Members that lead out of the folder are refused by tarfile, renamed by zipfile."""
+    if not archive.is_file():
+        raise ValueError(f"no {archive.name} in it")
+    size, is_zip = 0, archive.suffix == ".zip"
+    with zipfile.ZipFile(archive) if is_zip else tarfile.open(archive) as file:
+        for number, member in enumerate(file.infolist() if is_zip else file, 1):
+            size += member.file_size if is_zip else member.size
+            if number > MOST_FILES or size > MOST_BYTES:
+                raise ValueError(f"more than {MOST_FILES} files or {MOST_BYTES} bytes in it")
+            file.extract(member, folder, **{} if is_zip else {"filter": "data"})
 
 
-def put_in_place(made, folder):
-    """Rename a finished folder. Where another process did it first, that one stays."""
-    try:
-        made.rename(folder)
-    except OSError:
-        if not folder.is_dir():
-            raise
+@contextmanager
+def working_folder(folder, inside):
+    """Make a folder whole or not at all: in a temporary one beside it, whose folder `inside` is then renamed.
+
+    What a killed process left behind more than an hour ago is removed first.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    for left in folder.parent.glob(f".{folder.name}.*"):
+        with suppress(FileNotFoundError):  # another process may remove it, too
+            if time.time() - left.stat().st_mtime > 3600:
+                shutil.rmtree(left)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as temporary:
+        yield Path(temporary)
+        try:
+            Path(temporary, inside).rename(folder)
+        except OSError:
+            if not folder.is_dir():  # else another process was faster
+                raise
 
 
 # ---- Pictures ----
 
-
 @contextmanager
 def opened(path):
-    """A picture file with its header read; whatever breaks in the block is a UserError with the path."""
+    """A picture file with its header read. Whatever breaks in the block is a UserError with the path."""
     try:
         with Image.open(path) as image:
             yield image
-    except Exception as error:     # on broken files Pillow raises OSError, SyntaxError, struct.error and others
-        raise UserError(f"{path} cannot be read as a picture ({type(error).__name__}: {error}): replace it") from error
+    except Exception as error:  # on broken files Pillow raises OSError, SyntaxError, struct.error and others
+        of_machine = isinstance(error, (PermissionError, MemoryError))
+        remedy = "see to permissions and memory" if of_machine else "replace it"
+        raise UserError(f"{path} cannot be read as a picture ({type(error).__name__}: {error}): {remedy}") from error
 
 
 def read(path, own=False):
     """-> RGB picture, as CoOp's convert("RGB"), but 16-bit grey is scaled, where convert makes it white.
 
-    A user's own: upright as its EXIF says, and on white where it is transparent. Benchmarks: neither, as in CoOp.
+    A user's own picture is turned upright as its EXIF says, is put on white where it is transparent, and has grey
+    values of more than 8 bits scaled by its own range. Benchmarks are read as CoOp reads them.
     """
     with opened(path) as image:
         if own:
             image = ImageOps.exif_transpose(image)
-        if image.mode.startswith("I"):     # 16-bit grey is I;16, to older Pillows I
-            image = image.convert("I").point(lambda value: value * (1 / 257) + 0.5).convert("L")     # 65535 -> 255
+        if image.mode.startswith("I") or (own and image.mode == "F"):  # 16-bit grey is I;16, to older Pillows I
+            image = image if image.mode == "F" else image.convert("I").convert("F")
+            low, high = image.getextrema() if own else (0, 65535)
+            if not math.isfinite(high - low):
+                raise ValueError("it has values that are no finite numbers")
+            scale = 255 / (high - low or 1)
+            image = image.point(lambda value: value * scale + (0.5 - low * scale)).convert("L")
+            if own:
+                warn(f"grey pictures of more than 8 bits in {Path(path).parent.parent} are scaled by their own range")
         if own and image.has_transparency_data:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -436,19 +528,14 @@ def augment(resolution, scale=(0.08, 1.0)):
 
 # ---- Batches ----
 
-
-class Pictures(Dataset):
-    """(number of a picture, random seed of its transform or None) -> (tensor, label).
+class Pictures:
+    """(number of a picture, seed) -> (tensor, label). The seed is that of a random transform, None for any other.
 
     A picture that cannot be read stops the run: skipping it would change the score.
     """
 
     def __init__(self, items, transform, own=False):
-        self.items, self.transform, self.own = items, transform, own
-        self.decoded = None
-
-    def __len__(self):
-        return len(self.items)
+        self.items, self.transform, self.own, self.decoded = items, transform, own, None
 
     def __getitem__(self, key):
         number, seed = key
@@ -456,7 +543,7 @@ class Pictures(Dataset):
         picture = self.decoded[number] if self.decoded else read(path, self.own)
         if seed is None:
             return self.transform(picture), label
-        with torch.random.fork_rng(devices=[]):     # torchvision draws from PyTorch's stream, which is not ours to use
+        with torch.random.fork_rng(devices=[]):  # torchvision draws from PyTorch's stream, which is not ours to use
             torch.default_generator.manual_seed(seed)
             return self.transform(picture), label
 
@@ -465,7 +552,7 @@ class Pictures(Dataset):
         size = 0
         for path, _ in self.items:
             with opened(path) as image:
-                size += image.width * image.height * 4     # Pillow's RGB takes 4 bytes
+                size += image.width * image.height * 4  # Pillow's RGB takes 4 bytes
             if size > limit_bytes:
                 return False
         with ThreadPoolExecutor() as pool:
@@ -477,38 +564,42 @@ class Batches:
     """Batches of images (B, 3, R, R) and labels (B,) on a device.
 
     `for images, labels in batches` walks through all pictures in their order. `epoch(number)` walks through them in a
-    random order, without the last short batch if `drop_last`. With a `seed` each walk augments the pictures anew; order
-    and augmentation depend on the seed, the epoch and the picture alone, not on how many workers there are.
+    random order; with `drop_last` a last batch that is short is left out, unless it is the only one. With a `seed` the
+    pictures are augmented, each walk and each epoch in its own way. What they look like depends on the seed, the number
+    of the walk or epoch and the picture, and not on the number of workers.
     """
 
     def __init__(self, pictures, batch_size, device, workers=0, seed=None, drop_last=False):
         self.pictures, self.device, self.batch_size, self.seed = pictures, device, batch_size, seed
-        self.drop_last = drop_last and len(pictures) >= batch_size     # a short batch stays if it is the only one
-        self.walks, self.keys = 0, []
-        fork = "fork" if workers and sys.platform == "linux" else None     # shares decoded pictures without a copy
+        self.drop_last = drop_last and len(pictures.items) >= batch_size
+        self.walks, self.keys = 0, []  # the keys of Pictures in batches, which the loader reads anew for each walk
+        fork = "fork" if workers and sys.platform == "linux" else None  # shares decoded pictures without a copy
         self.loader = DataLoader(pictures, batch_sampler=self.keys, num_workers=workers, persistent_workers=workers > 0,
                                  multiprocessing_context=fork, pin_memory=device.type == "cuda",
-                                 generator=torch.Generator())     # of its own: a walk must not move PyTorch's stream
+                                 generator=torch.Generator())  # of its own: a walk must not move PyTorch's stream
 
     def __len__(self):
         """Batches of an epoch."""
-        return (len(self.pictures) if self.drop_last else len(self.pictures) + self.batch_size - 1) // self.batch_size
+        batches = len(self.pictures.items) / self.batch_size
+        return math.floor(batches) if self.drop_last else math.ceil(batches)
 
     def __iter__(self):
         self.walks += 1
-        return self.walk(-self.walks, range(len(self.pictures)), random.Random(f"{self.seed} {-self.walks}"))
+        return self.walk(-self.walks, shuffled=False)
 
     def epoch(self, number):
         """Batches in random order, the same for the same seed and number."""
-        rng, order = random.Random(f"{self.seed} {number}"), list(range(len(self.pictures)))
-        rng.shuffle(order)
-        return self.walk(number, order[: len(self) * self.batch_size], rng)
+        return self.walk(number, shuffled=True)
 
-    def walk(self, number, order, rng):
+    def walk(self, number, shuffled):
+        rng, order = random.Random(f"{self.seed} {number}"), list(range(len(self.pictures.items)))
+        if shuffled:
+            rng.shuffle(order)
+            del order[len(self) * self.batch_size :]
         keys = [(i, None if self.seed is None else rng.getrandbits(32)) for i in order]
         self.keys[:] = [keys[start : start + self.batch_size] for start in range(0, len(keys), self.batch_size)]
         for n, (images, labels) in enumerate(self.loader, 1):
-            if number < 0:     # an epoch has a line of its own
+            if number < 0:  # an epoch has a line of its own
                 show(f"pictures  walk {-number}, batch {n} of {len(self.keys)}")
             yield images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
 
@@ -535,35 +626,30 @@ def show(line, keep=False, in_log=False):
 
 # ---- The embedded world ----
 
-SIDE = 40     # pixels
+SIDE = 40  # pixels
 COLOURS = {"red": (205, 45, 45), "green": (45, 155, 60), "blue": (50, 80, 205), "yellow": (225, 205, 60),
            "purple": (140, 60, 165), "orange": (235, 135, 45), "white": (232, 232, 232), "black": (32, 32, 32)}
 TEXTURES, FORMS = ("plain", "striped", "barred", "dotted", "checkered"), ("circle", "square", "triangle", "diamond")
-CLASS_TEXTURES, CLASS_COLOURS, NEUTRAL_COLOURS = TEXTURES[1:], tuple(COLOURS)[:3], tuple(COLOURS)[3:]     # 12 classes
+CLASS_TEXTURES, CLASS_COLOURS, NEUTRAL_COLOURS = TEXTURES[1:], tuple(COLOURS)[:3], tuple(COLOURS)[3:]  # 12 classes
 
 
 @dataclass(frozen=True)
 class World:
-    """A dataset of drawn objects. Its classes are a texture and a colour: of the ground, or of the object itself."""
+    """A data set of drawn objects. Its classes are a texture and a colour: of the ground, or of the object itself.
+
+    The names of `shapes` are at odds with the tiny CLIP's captions: text prompts mend it. Those of `shapes_tint` fit,
+    but its pictures lie under a colour cast: visual prompts mend it. The rest are shifts of `shapes`.
+    """
+    name: str
     coloured: str = "ground"
-    classname: str = "{colour} {texture} shape"     # to the tiny CLIP a colour in front of "shape" is the object's
-    misleading: float = 0.45                        # how often the other of the two has the colour of another class
-    noise: tuple = (0.3, 0.8)                       # share of random pixels, from a clear picture to a hopeless one
+    classname: str = "{colour} {texture} shape"  # to the tiny CLIP a colour in front of "shape" is the object's
+    misleading: float = 0.45  # how often the other of the two has the colour of another class
+    noise: tuple = (0.3, 0.8)  # share of random pixels, from a clear picture to a hopeless one
     zoom: float = 1.0
-    cast: tuple | None = None                       # colour matrix, rows for red, green and blue
+    cast: tuple = ()  # colour matrix, rows for red, green and blue
 
 
-# The names of `shapes` are at odds with the tiny CLIP's captions: text prompts mend it. Those of `shapes_tint` fit, but
-# its pictures lie under a colour cast: visual prompts mend it. The rest are to `shapes` what ImageNet's four are to it.
-WORLD = {
-    "shapes": World(),
-    "shapes_tint": World("colour", "{texture} {colour} shape", misleading=0.0, noise=(0.2, 0.6),
-                         cast=(0.5, 0.1, 0.4, 0, 0.45, 0.45, 0.1, 0, 0.1, 0.5, 0.4, 0)),
-    "shapes_v2": World(noise=(0.35, 0.8), zoom=1.1),
-    "shapes_sketch": World(cast=(0.6, 0.2, 0.2, 30, 0.2, 0.6, 0.2, 30, 0.2, 0.2, 0.6, 30)),
-    "shapes_a": World(misleading=1.0, noise=(0.5, 0.8)),
-    "shapes_r": World(zoom=1.5, cast=(0.7, 0.3, 0, 20, 0, 0.9, 0, 10, 0, 0.2, 0.6, 0)),
-}
+WORLD = {row["name"]: World(**row) for row in TABLES["drawn"]}
 
 
 def draw_world(name, folder):
@@ -579,7 +665,7 @@ def draw_world(name, folder):
                 fill, ground = (colour, other) if world.coloured == "colour" else (other, colour)
                 noise = rng.uniform(*world.noise)
                 picture = draw_picture(rng, texture, fill, rng.choice(FORMS), ground, noise, world.zoom)
-                (picture.convert("RGB", world.cast) if world.cast else picture).save(place / f"{i:03d}.png")
+                (picture.convert("RGB", tuple(world.cast)) if world.cast else picture).save(place / f"{i:03d}.png")
 
 
 def draw_picture(rng, texture, colour, form, ground, noise, zoom):

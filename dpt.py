@@ -3,27 +3,30 @@
 Xing, Wu, Cheng, Zhang, Liang, Wang, Zhang: Dual Modality Prompt Tuning for Vision-Language Pre-Trained Model, IEEE
 Transactions on Multimedia 2023, arXiv:2208.08340. Its version 1 (Class-Aware Visual Prompt Tuning) is another method.
 
-    G = T(ctx)   W = norm(G)   W0 = norm(T(template))   z0 = V(x)   z = V(x, prompts)    logits = cos(z, W) / tau
-    [s_l, _, E_l] = Block_l([s_{l-1}, E_{l-1}, P_{l-1}])                          l = 1 .. L             Eq. 4
-  DPT, in the layers of cavpt_layers, for the K_N classes with the best zero-shot logits of the picture:
-    o  = softmax(Q K^T / sqrt(d_k)) V,  Q = q W_q, q = fc(g), K, V = [s, E, C] W_k, W_v                  Eq. 6
-    P~ = LN(o + q)   takes the place of P_{l-1}                                                          Eq. 7, 10
-    L_ca = CE(LN(o) W_c, y), for pictures whose class is among the K_N                                   Eq. 8
-    L = CE(cos(z, W)) + alpha L_ca                                                main phase             Eq. 9, 11
-    L = CE(cos(z0, W)) + CE(cos(z, W0)) + beta CE(cos(z, W)) + alpha L_ca         first guide_epochs     Eq. 12
-  VLP: no such layer, the same losses without L_ca.
-  CAVPT, version 1, in the last layer, q = MLP(g) of the template features:
-    o_j = softmax_j(q_j . s W_k) s W_v + s,   h = LN(o),   P~ = LP(h)                                 v1 Eq. 9
-    L = CE(cos(z, W)) + L_ca;  L_ca: h W_c against one-hot in y's row and 1/K in all others           v1 Eq. 10-12
+    g_i = g(u_1 .. u_M, CLASS_i)      W: all g_i      W0: the same of the templates                          Eq. 1-2
+    z = f(x, prompts)      z0 = f(x)      CE(z, W): cross-entropy of cos(z, W) / tau with the label y        Eq. 2, 9
+    [s_l, _, E_l] = Block_l([s_{l-1}, P_{l-1}, E_{l-1}]),  l = 1 .. L                                        Eq. 4
+  VLP: CE(z, W), after guide_epochs in which the loss is Eq. 12 without L_ca.
+  DPT, in the layers of cavpt_layers, for the K_N classes j that zero-shot CLIP finds likeliest in the picture:
+    o_j = softmax( q_j W_q (k W_k)^T / sqrt(d_k) ) k W_v,  q_j = fc(g_j),  k = [s_{l-1}, E_{l-1}, P_{l-1}]   Eq. 6
+    P~_j = LN(o_j + q_j)  take the place of P_{l-1}                                                          Eq. 7, 10
+    L_ca = cross-entropy of LN(o_j) W_c with y, where j is y; pictures whose y is not among the j are left out   Eq. 8
+    L = CE(z, W) + alpha L_ca                                                                                Eq. 11
+    L = CE(z0, W) + CE(z, W0) + beta CE(z, W) + alpha L_ca  in the first guide_epochs                        Eq. 12
+  CAVPT, version 1, in the last layer, with g_j of the templates:
+    o_j = softmax_j( q_j . s W_k ) s W_v + s,  q_j = MLP(g_j);  h_j = LN(o_j);  P~_j = LP(h_j)               v1 Eq. 9
+    L = CE(z, W) + L_ca;  L_ca: h_j W_c against one-hot y where j is y, against 1/K elsewhere             v1 Eq. 10-12
 
-    v_1..v_M  ctx  (M, Dt)      P_l, C  visual_prompts[l]  (P, D)     g  (B, K_N, E) rows of G (DPT) or W0 (v1)
-    s, E  class token and patches at the layer's input, no gradient through them here    W_c  aux_classifier  (D, K)
+    u_1 .. u_M  ctx  (M, Dt)       P_l  visual_prompts[l]  (P, D)      W_c  aux_classifier  (D, K)      all learned
+    fc, W_q, W_k, W_v, LN, MLP, LP      in `cavpt`, learned            o_j, P~_j  (B, k, D), k = min(K_N, K)
+    f, g  towers, frozen      W0  zero_shot  (K, E), frozen      W  (K, E)      z, z0  (B, E)      g_j  (B, k, E)
+    s, E  class token (B, D) and patches (B, N, D) of a layer; no gradient flows through them in Eq. 6 and v1 Eq. 9
 
-What DPT leaves open is settled as in its release, github.com/fanrena/DPT, trainers/DPT.py: d_k is 32; g is not
-normalised; the two LN are two; a layer's class-aware module takes that layer's own prompts as the keys C. Everything
-is trained in fp32, where the release steps in fp16. Version 1 has no code. Chosen for it: the softmax runs over the
-classes, since over its single key it would be 1 for all; the MLP is E-32-D with ReLU; LP is linear; the layer's own
-prompts are replaced. Read so, the bias of the MLP's last layer adds the same to every class's score and never learns.
+What DPT leaves open is settled as in its release, github.com/fanrena/DPT, trainers/DPT.py (VLP: trainers/VLP.py): d_k
+is 32; g_j is not normalised; Eq. 7 and 8 have a LayerNorm each; each layer of cavpt_layers keeps its own P_{l-1} as
+keys. Everything is trained in fp32, where the release steps in fp16. Version 1 has no code. Chosen for it: the softmax
+runs over the classes, since over its single key it would be 1 for all; the MLP is E-32-D with ReLU; LP is linear; P~
+replaces P_{l-1}. The bias of the MLP's last layer adds the same to every class's score, so it never learns.
 
 To use it elsewhere, copy this file, clip_min.py and assets/bpe_merges.txt.gz.
 B images, K classes, N patches, P = n_visual, M = n_ctx, D and Dt widths of the towers, E joint width.
@@ -71,9 +74,9 @@ class VLP(Method):
         self.shared, self.own, self.eot = (nn.Buffer(x, persistent=False) for x in (shared, own, eot))
 
     def encode_text(self):
-        """-> G (K, E), not normalised."""
-        m, text = self.n_ctx, self.clip.text
-        ctx = (self.ctx + text.positional_embedding[1 : 1 + m]).unsqueeze(0)  # behind the start token
+        """-> W (K, E), not normalised."""
+        m, text = self.n_ctx, self.clip.text  # the context stands behind the start token
+        ctx = (self.ctx + text.positional_embedding[1 : 1 + m]).unsqueeze(0)
         return text(torch.cat([self.shared[:, :1], ctx, self.shared[:, 1 + m :]], dim=1), self.own, self.eot)
 
     def encode_image(self, images, text=None):
@@ -90,7 +93,7 @@ class VLP(Method):
             return self.clip.encode_image(images)
 
     def loss(self, images, labels, epoch=0):
-        """labels (B,) -> scalar: Eq. 12 without its last term in the first guide_epochs, then Eq. 9."""
+        """labels (B,) -> scalar: Eq. 12 without L_ca in the first guide_epochs, then Eq. 9."""
         z0 = self.frozen_features(images) if epoch < self.guide_epochs else None
         return self.phase_loss(z0, self.encode_image(images), self.encode_text(), labels)
 
@@ -105,7 +108,7 @@ class VLP(Method):
 
 
 class ClassAwarePrompts(nn.Module):
-    """DPT's CAVPT module: 1,036,032 numbers on ViT-B, besides the auxiliary classifier that only training uses."""
+    """DPT's CAVPT module: 1,036,032 numbers on ViT-B besides the auxiliary classifier, which only training uses."""
 
     def __init__(self, joint, width, n_classes, d_k=32):
         super().__init__()
@@ -127,10 +130,10 @@ class ClassAwarePrompts(nn.Module):
 class DPT(VLP):
     """VLP with class-aware visual prompts. Learns 1,136,384 numbers on ViT-B besides the auxiliary classifier.
 
-    `k_n`          how many of the classes that zero-shot CLIP finds likeliest make prompts (K_N)
+    `k_n`          how many classes make prompts, those that zero-shot CLIP finds likeliest (K_N)
     `alpha`        the weight of the auxiliary loss L_ca
     `cavpt_layers` where: "12", "8-12" or "1-4", counted from 1; a number beyond the last layer means the last one
-    `cavpt_shared` one class-aware module for all these layers
+    `cavpt_shared` one class-aware module for all these layers instead of one for each
     """
 
     recipe = VLP.recipe | dict(datasets=VLP.recipe["datasets"] | dict.fromkeys(
@@ -140,31 +143,33 @@ class DPT(VLP):
                  beta=0.1, k_n=10, alpha=0.3, cavpt_layers="12", cavpt_shared=False):
         super().__init__(clip, classnames, templates, n_ctx=n_ctx, n_visual=n_visual, guide_epochs=guide_epochs,
                          beta=beta)
+        if k_n < 0:
+            raise UserError(f"k_n is {k_n}: it must be 0 or more.")
         self.k_n, self.alpha = k_n, alpha
         depth, joint, width = len(clip.visual.blocks), self.zero_shot.shape[1], self.visual_prompts.shape[-1]
         first, dash, last = str(cavpt_layers).partition("-")
         last = last if dash else first
         if not (first.isdecimal() and last.isdecimal() and 1 <= int(first) <= int(last)):
             raise UserError(f"cavpt_layers is {cavpt_layers}: give a layer or a range, such as 12 or 8-12.")
-        self.layers = sorted({min(n, depth) - 1 for n in range(int(first), int(last) + 1)})
+        self.layers = list(range(min(int(first), depth) - 1, min(int(last), depth)))  # counted from 0
         n_modules = 1 if cavpt_shared else len(self.layers)
         modules = (ClassAwarePrompts(joint, width, len(classnames)) for _ in range(n_modules))
         self.cavpt = nn.ModuleList(modules).to(self.zero_shot.device)
 
     def encode_image(self, images, text=None):
-        """images (B, 3, R, R), text = G (K, E) or None to compute it -> z (B, E)."""
+        """images (B, 3, R, R), text = W (K, E) or None to compute it -> z (B, E)."""
         text = self.encode_text() if text is None else text
         likely = likely_classes(self, self.frozen_features(images))
         return self.class_aware_features(images, text[likely])[0]
 
     def class_aware_features(self, images, g):
-        """g (B, k, E), the text features of each picture's likely classes -> z (B, E), aux. logits (layers, B, k, K)."""
+        """g (B, k, E), text features of each picture's classes -> z (B, E), auxiliary logits (layers, B, k, K)."""
         visual, aux = self.clip.visual, []
         x = visual.embed(images)  # (B, 1+N, D)
         for layer, (block, p) in enumerate(zip(visual.blocks, self.visual_prompts, strict=True)):
-            if layer in self.layers:  # the layer's own prompts (P, D) make room for (B, k, D) and become keys, Eq. 10
+            if layer in self.layers:  # the layer's prompts (P, D) become keys, and P~ (B, k, D) takes their place
                 module = self.cavpt[self.layers.index(layer) % len(self.cavpt)]
-                p, logits = module(g, x, p)
+                p, logits = module(g, x, p)  # Eq. 10
                 aux.append(logits)
             x = block(x, p)  # Eq. 4
         return visual.project(x), torch.stack(aux)
@@ -176,7 +181,7 @@ class DPT(VLP):
         z, aux = self.class_aware_features(images, text[likely])
         hit = (likely == labels[:, None]).expand(len(aux), -1, -1)  # (layers, B, k), at most one per picture
         rows = F.cross_entropy(aux.movedim(-1, 1), labels[None, :, None].expand_as(hit), reduction="none")
-        l_ca = (rows * hit).sum() / hit.sum().clamp(min=1)  # Eq. 8, over pictures and layers; 0 if there is no hit
+        l_ca = (rows * hit).sum() / hit.sum().clamp(min=1)  # Eq. 8, the mean over pictures and layers; 0 without a hit
         return self.phase_loss(z0 if epoch < self.guide_epochs else None, z, text, labels) + self.alpha * l_ca
 
 
@@ -209,9 +214,9 @@ class CAVPT(VLP):
     """Version 1, without guidance: on VLP (`base="vlp"`), or on VPT, whose classifier is the templates' (`base="vpt"`).
 
     `softmax_axis="keys"` reads Eq. 9 as ordinary attention: over its single key, all k_n prompts come out the same.
-    `keep_vpt` leaves the last layer its own prompts too. `cavpt_loss=False` leaves L_ca out. The paper chose `k_n` per
-    data set by test accuracy: 5 for EuroSAT, Flowers, Food and DTD, 20 for Aircraft, 50 for Caltech, 100 for Cars, 37
-    for Pets.
+    With `keep_vpt` the last layer has its own prompts as well. `cavpt_loss=False` leaves L_ca out. The paper chose
+    `k_n` for each data set by its test accuracy: 5 for EuroSAT, Flowers, Food and DTD, 20 for Aircraft, 37 for Pets, 50
+    for Caltech, 100 for Cars.
     """
 
     # v1 prints 200 epochs and 10 of warm-up, at 16 shots. The rates are DPT's, the other epochs CoOp's.
@@ -222,6 +227,8 @@ class CAVPT(VLP):
                  softmax_axis="classes", keep_vpt=False, cavpt_loss=True, base="vlp"):
         if base not in ("vlp", "vpt") or softmax_axis not in ("classes", "keys"):
             raise UserError(f"base is {base} and softmax_axis {softmax_axis}: choose vlp or vpt, classes or keys.")
+        if k_n < 0:
+            raise UserError(f"k_n is {k_n}: it must be 0 or more.")
         self.base, self.k_n, self.keep_vpt, self.cavpt_loss = base, k_n, keep_vpt, cavpt_loss
         super().__init__(clip, classnames, templates, n_ctx=n_ctx, n_visual=n_visual)
         if base == "vpt":
@@ -238,7 +245,7 @@ class CAVPT(VLP):
             self.prompt_texts = [self.templates[0].format(name) for name in self.classnames]
 
     def encode_text(self):
-        """-> (K, E): G, not normalised, or the zero-shot classifier."""
+        """-> (K, E): W, not normalised, or the zero-shot classifier."""
         return super().encode_text() if self.base == "vlp" else self.zero_shot
 
     def encode_image(self, images, text=None):
@@ -249,7 +256,7 @@ class CAVPT(VLP):
         """likely (B, k), classes of each picture -> z (B, E), auxiliary logits (B, k, K)."""
         visual = self.clip.visual
         x = visual.embed(images)  # (B, 1+N, D)
-        for block, p in zip(visual.blocks[:-1], self.visual_prompts, strict=False):  # one set more with keep_vpt
+        for block, p in zip(visual.blocks[:-1], self.visual_prompts, strict=False):  # keep_vpt has one set more
             x = block(x, p)  # v1 Eq. 6
         p, aux = self.cavpt(self.zero_shot[likely], x[:, 0].detach())  # (B, k, D)
         if self.keep_vpt:
@@ -265,5 +272,6 @@ class CAVPT(VLP):
             return loss
         log_p = aux.log_softmax(dim=-1)  # (B, k, K)
         of_label = log_p.gather(2, labels[:, None, None].expand(-1, likely.shape[1], -1)).squeeze(2)  # (B, k)
-        rows = torch.where(likely == labels[:, None], of_label, log_p.mean(dim=-1))  # other rows should know nothing
+        # The target is y where the prompt's class is y, and the same probability 1/K for every class elsewhere.
+        rows = torch.where(likely == labels[:, None], of_label, log_p.mean(dim=-1))  # (B, k)
         return loss - rows.sum() / max(rows.numel(), 1)  # v1 Eq. 10

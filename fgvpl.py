@@ -2,38 +2,38 @@
 
 Sun, He, Zhou, Peng: Fine-Grained Visual Prompt Learning of Vision-Language Models for Image Recognition, ACM MM 2023,
 doi 10.1145/3581783.3612403. Its repository, github.com/PKU-ICST-MIPL/FG-VPL, holds no code. Also Tip-Adapter and
-Tip-Adapter-F (Zhang et al., ECCV 2022, arXiv:2207.09519), two limits of the same second pathway.
+Tip-Adapter-F (Zhang et al., ECCV 2022, arXiv:2207.09519), which are the second path alone beside zero-shot CLIP.
 
     z_0  = [x_cls, patches, x_FP],  z_l = Block_l(z_{l-1}),  l = 1 .. L-1                             Eq. 2-4
     Att  = Att^{L-1} ... Att^1 per head;  AM = sum over heads of its class-token row, patches only    Eq. 5-7
-    O    = the largest connected region of AM above Otsu's threshold
+    O    = the largest connected region of the patches whose AM is above Otsu's threshold
     f    = class token of Block_L(z_{L-1});  f_O = class token of Phi_O(z_{L-1}[x_cls, O, x_FP])      Eq. 8-9
     w_new = w + alpha p(w);  path 1:  f w_new^T,  f_O w_new^T                                         Eq. 10-12
-    u_new = u + q(u)  for  F, F_O (few-shot pictures), f, f_O                                         Eq. 13-16
+    u_new = u + q(u)  for u = f, f_O and for F, F_O, the same of the few-shot pictures                Eq. 13-16
     path 2:  phi(f_new F_new^T) L,  phi(f_O,new F_O,new^T) L,  phi(s) = exp(-(1-s))                   Eq. 17-18
     logits = (path 1 + lambda path 2 of f) + beta (the same of f_O), cross-entropy                    Eq. 19
 
-    x_FP      x_fp          (D,)           learned, zeros at first, through ln_pre as the other tokens
-    Phi_O     layer         Block          learned, a copy of CLIP's last
-    p, q      p, q          Linear(E, E)   learned, with LeakyReLU(0.2)
-    W         zero_shot     (K, E)         unit rows, from the templates: on ImageNet Tip-Adapter's seven
-    F, F_O    keys          (2, n, E)      the cache of n few-shot pictures, not learned;  L  labels  (n,)
-    lambda    lam           1;  alpha 0.05;  beta 0.5
+    x_FP     x_fp       (D,)          learned, zeros at first, goes through ln_pre as the other tokens do
+    Phi_O    layer      Block         learned, a copy of CLIP's last block
+    p, q     p, q       Linear(E, E)  learned, with LeakyReLU(0.2)
+    w        zero_shot  (K, E)        unit rows, from the templates: on ImageNet Tip-Adapter's seven
+    F, F_O   keys       (2, n, E)     the cache, not learned;  L  labels  (n,), one-hot in the paper
+    lambda   lam        1, alpha 0.05, beta 0.5      AM, O  (B, N)      f, f_O  (B, E)
 
-Printed, but not followed: layers are post-norm (Eq. 3-4; CLIP's weights need pre-norm), attention is divided by the
-root of the number of heads (Eq. 5; CLIP's own root of the head's width). Left open, and here chosen:
-  * Path 1 is exp(logit_scale) times a cosine, with f unit and w_new not made unit again; phi takes the cosine of adapted
-    features. p(u) and q(u) are made unit before they are added to the unit u. One p and one q serve both streams.
+Two things are printed and not followed, since CLIP's weights need their own form: a LayerNorm behind each sum (Eq. 3-4)
+and attention divided by the root of the number of heads (Eq. 5). Left open, and here chosen:
+  * Path 1 is exp(logit_scale) times a cosine, but w_new is not made unit again. phi takes the cosine of adapted
+    features. p(u) and q(u) are made unit before they are added to the unit u. One p and one q serve f and f_O.
   * Att^{L-1} stands on the left. No identity is added, no row is renormalised. No gradient flows through O.
-  * Otsu's threshold has 256 levels. Regions also connect over corners; of regions equally large that with the highest
-    attention counts. In a map without contrast, NaN or inf all patches are the object.
-  * The cache comes from CLIP without x_FP: means over augmented views, made unit. F_O projects the average of the
-    object's patches behind Block_L; f_O, its query, is a class token: as printed. A picture meets itself in the cache.
-  * AdamW's eps 1e-4 and weight decay 0.01 (Tip-Adapter's), crops from half of the picture, the cosine over all steps,
-    no dropped batch. The last epoch's model is reported, where Tip-Adapter-F's published numbers are its best test epoch's.
+  * Otsu's threshold has 256 levels. Patches connect over edges and corners. Of equally large regions that with the
+    highest attention counts. In a map without contrast, with NaN or inf, all patches are the object.
+  * The cache comes from CLIP without x_FP: the mean over augmented views, made unit. F_O projects the mean of O behind
+    Block_L, where f_O is a class token: as printed. In training a picture meets itself in the cache.
+  * AdamW's eps and weight decay are Tip-Adapter's. Crops show half of a picture or more, the cosine runs over all
+    steps, no batch is dropped. The last epoch counts; Tip-Adapter-F's published numbers are its best test epoch's.
 
 To use it elsewhere, copy this file, clip_min.py and assets/bpe_merges.txt.gz.
-B images, K classes, N patches, n cached pictures, H heads, D width of the image tower, E joint width.
+B images, K classes, N patches, n cached pictures, H heads, L layers, D width of the image tower, E joint width.
 """
 
 import math
@@ -53,14 +53,14 @@ class FGVPL(Method):
 
     `parts` is what is built:
       "fvp+tar"  FG-VPL, all of the above
-      "fvp"      prompt and object branch, with the templates' classifier: no adapters, no cache
-      "tar"      both pathways on CLIP's own image feature                              (525,312)
+      "fvp"      prompt and object branch with the templates' classifier: no adapters, no cache
+      "tar"      both paths on CLIP's own image feature                                 (525,312)
       "tip"      Tip-Adapter: no adapters, nothing learned; lam is its alpha, its beta is 1
       "tip-f"    Tip-Adapter-F: the same with learned keys                              (n * E)
-    `alpha`, `beta`, `lam`: see Eq. 10 and 19. The object is the largest region, or with `region="bbox"` the box around
-    it. `new_layer="light"` is the size that the authors' later code defines, at random: one head and a linear layer as
-    MLP (3,482,112). `share_adapters=False` gives each stream its own p and q, as the later code does. The cache is the
-    mean of `cache_views` augmented views, built by prepare(), before the optimizer; without it path 2 adds nothing.
+    `alpha`, `beta` and `lam` stand in Eq. 10 and 19. With `region="bbox"` the object is the box around the region.
+    `new_layer="light"` is a random Phi_O of one head and a linear layer for the MLP, as in the authors' later code
+    (3,482,112). With `share_adapters=False` f and f_O have a p and a q each, as there. The cache is the mean of
+    `cache_views` augmented views of each picture. prepare() builds it; before that path 2 adds nothing.
     """
 
     # FG-VPL, Section 4.2. Tip-Adapter-F: its own epochs, the rest is the same.
@@ -89,7 +89,7 @@ class FGVPL(Method):
         if self.has_object:
             width = len(visual.class_embedding)
             self.x_fp = nn.Parameter(torch.zeros(width, device=device))
-            self.layer = Block(width, last=True).to(device)
+            self.layer = Block(width, True, visual.blocks[-1].attn.heads, clip.activation).to(device)
             if new_layer == "copy":
                 self.layer.load_state_dict(visual.blocks[-1].state_dict())
             else:  # PyTorch's initialisation of attention
@@ -98,7 +98,7 @@ class FGVPL(Method):
                 nn.init.xavier_uniform_(self.layer.attn.in_proj_weight)
                 nn.init.zeros_(self.layer.attn.in_proj_bias)
                 nn.init.zeros_(self.layer.attn.out_proj.bias)
-        if self.has_adapters:  # one for the image's stream and, if not shared, one for the object's
+        if self.has_adapters:  # the first serves f, the last serves f_O
             number = 2 if self.has_object and not share_adapters else 1
             self.p = nn.ModuleList(nn.Linear(joint, joint) for _ in range(number)).to(device)
             self.q = nn.ModuleList(nn.Linear(joint, joint) for _ in range(number)).to(device)
@@ -109,20 +109,16 @@ class FGVPL(Method):
     # ---- The image encoder ----
 
     def embed(self, images):
-        """-> z_0: (B, 1+N, D), with the prompt behind the patches (B, 1+N+1, D)."""
+        """-> z_0 (B, 1+N+1, D) with the prompt behind the patches, or without object branch (B, 1+N, D)."""
         visual = self.clip.visual
         z = visual.embed(images)
         if not self.has_object:
             return z
         return torch.cat([z, visual.ln_pre(self.x_fp).expand(len(z), 1, -1)], dim=1)  # Eq. 2; ln_pre works per token
 
-    def all_blocks_but_last(self, z):
-        """z_0 -> z_{L-1} and AM (B, N).
-
-        The blocks use fused attention, which shows no weights. The rollout computes them again, one layer at a time,
-        from the layer's input, which autograd keeps anyway: no weights (B, H, N, N) are stored beyond one layer's.
-        """
-        inputs = []
+    def run_blocks(self, z):
+        """z_0 -> z_{L-1} and AM (B, N)."""
+        inputs = []  # fused attention shows no weights: the rollout computes them again from what autograd keeps anyway
         for block in self.clip.visual.blocks[:-1]:
             inputs.append(z)
             z = block(z)
@@ -130,46 +126,42 @@ class FGVPL(Method):
 
     @torch.no_grad()
     def rollout(self, inputs):
-        """z_0 .. z_{L-2}, each (B, 1+N or 1+N+1, D) -> AM (B, N).
-
-        Only the class token's row of the product is needed: a vector goes through the layers from the last to the
-        first, N^2 per layer and head instead of N^3.
-        """
+        """z_0 .. z_{L-2}, each (B, 1+N or 1+N+1, D) -> AM (B, N), by the class token's row of the product alone."""
         blocks, z = self.clip.visual.blocks[:-1], inputs[0]
         n = len(self.clip.visual.positional_embedding)  # class token and patches
         row = z.new_zeros(len(z), blocks[0].attn.heads, 1, z.shape[1], dtype=torch.float32)
         row[..., 0] = 1  # the class token's row of the identity, times Att^{L-1}, ..., times Att^1
         for block, x in zip(reversed(blocks), reversed(inputs), strict=True):
-            weights = block.attention_weights(x)  # (B, H, n or n+1, the same)                                Eq. 5
+            weights = block.attention_weights(x)  # (B, H, n or n+1, n or n+1)                                Eq. 5
             with full_precision(x.device):
                 row = row @ weights.float()  # (B, H, 1, n or n+1)                                            Eq. 6
         return row[:, :, 0, 1:n].sum(dim=1)  # Eq. 7
 
-    def streams(self, images):
+    def encode_image_and_object(self, images):
         """images (B, 3, R, R) -> f (B, E) and, with the object branch, f_O (B, E)."""
         visual = self.clip.visual
         if not self.has_object:
             return (self.clip.encode_image(images),)
-        z, am = self.all_blocks_but_last(self.embed(images))
+        z, am = self.run_blocks(self.embed(images))
         seen = F.pad(object_patches(am, self.region), (1, 1), value=True)  # (B, 1+N+1): x_cls, O, x_FP
         f = visual.project(visual.blocks[-1](z))  # Eq. 8
-        f_o = visual.project(self.layer(z, mask=seen))  # Eq. 9: what is not a key is as good as not there
+        f_o = visual.project(self.layer(z, mask=seen))  # Eq. 9: a token that nobody looks at is as good as left out
         return f, f_o
 
     def encode_image(self, images, text=None):
         """images (B, 3, R, R) -> f (B, E)."""
-        return self.streams(images)[0]
+        return self.encode_image_and_object(images)[0]
 
     # ---- The cache ----
 
     def set_cache(self, keys, labels):
-        """keys (1 or 2, n, E), unit rows, of the image's stream and the object's; labels (n,)."""
+        """keys (1 or 2, n, E): F and, with the object branch, F_O, unit rows; labels (n,)."""
         self.keys = nn.Parameter(keys) if self.parts == "tip-f" else nn.Buffer(keys)
         self.labels = nn.Buffer(labels)
 
     @torch.no_grad()
     def prepare(self, batches):
-        """Build the cache from the few-shot pictures. batches: (images, labels), walked through cache_views times."""
+        """Build the cache: walk through batches of (images, labels) cache_views times, see Method."""
         if not self.has_cache:
             return
         total = 0
@@ -186,7 +178,7 @@ class FGVPL(Method):
         visual = self.clip.visual
         if not self.has_object:
             return self.clip.encode_image(images).unsqueeze(0)
-        z, am = self.all_blocks_but_last(visual.embed(images))
+        z, am = self.run_blocks(visual.embed(images))
         z = visual.blocks[-1](z, all_tokens=True)  # (B, 1+N, D)
         seen = object_patches(am, self.region).unsqueeze(-1)  # (B, N, 1)
         patches = (z[:, 1:] * seen).sum(dim=1, keepdim=True) / seen.sum(dim=1, keepdim=True)  # (B, 1, D)
@@ -194,63 +186,60 @@ class FGVPL(Method):
 
     def load_learned(self, tensors):
         """See Method. The cache takes the size of the one that is loaded."""
-        if self.has_cache and {"keys", "labels"} <= tensors.keys():
-            n = len(tensors["labels"])
-            self.set_cache(self.keys.detach().new_zeros(len(self.keys), n, self.keys.shape[2]), self.labels.new_zeros(n))
+        if self.has_cache and "labels" in tensors:
+            n = tensors["labels"].numel()
+            self.set_cache(self.keys.new_zeros(len(self.keys), n, self.keys.shape[2]), self.labels.new_zeros(n))
         super().load_learned(tensors)
 
     def for_classes(self, classnames, columns=None):
         """See Method. The cache holds pictures of the training classes: `columns` tells which of them to keep."""
         if self.has_cache and columns is None:
-            raise UserError("A cache of few-shot pictures (parts other than fvp) belongs to the classes that it was built "
-                            "for: train with parts=fvp to use other class names.")
+            raise UserError("A cache of few-shot pictures belongs to the classes that it was built for: train with "
+                            "parts=fvp, which has none, to use other class names.")
         other = super().for_classes(classnames)
         if self.has_cache:
-            same = self.labels.unsqueeze(1) == torch.tensor(columns, device=self.labels.device)  # (n, new K)
+            same = self.labels.unsqueeze(1) == torch.tensor(columns, device=self.labels.device)  # (n, K)
             kept = same.any(dim=1)
             other.set_cache(self.keys.detach()[:, kept], same[kept].long().argmax(dim=1))
         return other
 
-    # ---- Two-pathway recognition ----
+    # ---- Two-pathway recognition: `side` is 0 for the image, -1 for the object, which may share p and q ----
 
-    def encode_text(self):
+    def encode_text(self, side=0):
         """-> w_new (K, E); without adapters the zero-shot classifier."""
-        return self.adapted_text(0)
-
-    def adapted_text(self, stream):  # Eq. 10; stream 0 is the image's, -1 the object's: the same where p is shared
         if not self.has_adapters:
             return self.zero_shot
         with full_precision(self.zero_shot.device):
-            return self.zero_shot + self.alpha * adapt(self.p[stream], self.zero_shot)
+            return self.zero_shot + self.alpha * adapt(self.p[side], self.zero_shot)  # Eq. 10
 
-    def pathways(self, f, stream, text):
-        """Features (B, E) of a stream -> path 1 + lambda path 2 (B, K)."""
+    def classify(self, f, side, text):
+        """f or f_O (B, E), w_new (K, E) -> path 1 + lambda path 2 (B, K)."""
         f = F.normalize(f.float(), dim=-1)
         logits = self.clip.logit_scale.exp() * f @ text.T  # Eq. 11-12
         if not self.has_cache:
             return logits
-        keys = self.keys[stream]  # (n, E)
+        keys = self.keys[side]  # (n, E)
         if self.has_adapters:
-            f, keys = (F.normalize(u + adapt(self.q[stream], u), dim=-1) for u in (f, keys))  # Eq. 13-16
+            f, keys = (F.normalize(u + adapt(self.q[side], u), dim=-1) for u in (f, keys))  # Eq. 13-16
         affinity = torch.exp(f @ keys.T - 1)  # (B, n), phi
         return logits + self.lam * torch.zeros_like(logits).index_add(1, self.labels, affinity)  # Eq. 17-18: @ L
 
     def forward(self, images, text=None):
         """images (B, 3, R, R), text (K, E) or None to compute it -> logits (B, K)."""
         text = self.encode_text() if text is None else text
-        features = self.streams(images)
+        features = self.encode_image_and_object(images)
         with full_precision(images.device):  # the adapters too: in half precision they lose their small steps
-            logits = self.pathways(features[0], 0, text)
+            logits = self.classify(features[0], 0, text)
             if self.has_object:
-                shared = not self.has_adapters or len(self.p) == 1
-                text = text if shared else self.adapted_text(-1)
-                logits = logits + self.beta * self.pathways(features[1], -1, text)  # Eq. 19
+                if self.has_adapters and len(self.p) == 2:  # the object's text has a p of its own
+                    text = self.encode_text(-1)
+                logits = logits + self.beta * self.classify(features[1], -1, text)  # Eq. 19
         return logits
 
     @torch.no_grad()
     def attention(self, images):
         """See Method. -> AM, what is above Otsu's threshold, and the object O, by title, each (B, N)."""
-        am = self.all_blocks_but_last(self.embed(images))[1]
+        am = self.run_blocks(self.embed(images))[1]
         return {"attention": am, "above Otsu's threshold": above_otsu(am), "object": object_patches(am, self.region)}
 
 
@@ -259,40 +248,39 @@ def adapt(adapter, u):
     return F.normalize(F.leaky_relu(adapter(u), 0.2), dim=-1)
 
 
-# ---- The object: maps (B, N) of a square grid -> masks (B, N), for a whole batch at once, on any device ----
+# ---- The object: maps and masks (B, N) of a square grid, for a whole batch at once, on any device ----
 
 
 @torch.no_grad()
 def object_patches(am, region="component"):
     """Attention maps -> the patches of the object, never none."""
     mask = largest_component(above_otsu(am), am)
-    if region == "bbox":
-        mask = bounding_box(mask)
+    mask = bounding_box(mask) if region == "bbox" else mask
     return mask | ~mask.any(dim=1, keepdim=True)
 
 
 def above_otsu(am):
-    """-> True above Otsu's threshold on 256 levels; nowhere in a map that is constant or not finite."""
+    """-> True above Otsu's threshold, of 256 levels. Nowhere in a map that is constant or not finite."""
     low, high = am.amin(dim=1, keepdim=True), am.amax(dim=1, keepdim=True)
     levels = (255 * ((am - low) / (high - low)).nan_to_num(0)).long()
     count = levels.new_zeros(len(am), 256).scatter_add(1, levels, torch.ones_like(levels))
     below, n = count.cumsum(dim=1), am.shape[1]  # patches up to each level
     total = (count * torch.arange(256, device=am.device)).cumsum(dim=1)  # the sum of their levels
-    # Between-class variance times n^2, as whole part and remainder: in floating point equals would not stay equal.
+    # Between-class variance times n^2, in whole numbers and a remainder: in floating point equals would not stay equal.
     gap, sides = total[:, -1:] * below - n * total, (below * (n - below)).clamp(min=1)
     whole, rest = gap.square() // sides, gap.square() % sides / sides
     best = whole == whole.amax(dim=1, keepdim=True)
-    return levels > torch.where(best, rest, -1).argmax(dim=1, keepdim=True)  # of equals the lowest
+    return levels > torch.where(best, rest, -1).argmax(dim=1, keepdim=True)  # of equally good ones the lowest
 
 
 def largest_component(mask, am):
-    """-> the mask's largest region, connected over edges and corners; of equals that with the highest attention."""
+    """-> the mask's largest region, connected over edges and corners. Of equals the highest attention decides."""
     n = mask.shape[1]
     place = torch.arange(n, device=mask.device)
     y, x = place // math.isqrt(n), place % math.isqrt(n)
     near = ((y[:, None] - y).abs() <= 1) & ((x[:, None] - x).abs() <= 1)  # (N, N)
     reach = near & mask[:, :, None] & mask[:, None, :]  # (B, N, N): patches one step apart
-    for _ in range(math.ceil(math.log2(n))):  # squared: twice as many steps, in the end as many as there are patches
+    for _ in range(math.ceil(math.log2(n))):  # the square takes twice as many steps, in the end n or more
         reach = (reach.float() @ reach.float()) > 0
     size = reach.sum(dim=2)
     peak = am.unsqueeze(1).masked_fill(~reach, -math.inf).amax(dim=2)  # of the region that the patch lies in
@@ -304,5 +292,9 @@ def bounding_box(mask):
     """-> the box of rows and columns around the mask."""
     side = math.isqrt(mask.shape[1])
     grid = mask.unflatten(1, (side, side))
-    rows, columns = ((v.cumsum(dim=1) > 0) & (v.flip(1).cumsum(dim=1).flip(1) > 0) for v in (grid.any(2), grid.any(1)))
-    return (rows.unsqueeze(2) & columns.unsqueeze(1)).flatten(1)
+    return (fill_gaps(grid.any(dim=2)).unsqueeze(2) & fill_gaps(grid.any(dim=1)).unsqueeze(1)).flatten(1)
+
+
+def fill_gaps(mask):
+    """Masks (B, n) -> True from the first True of each row to its last."""
+    return (mask.cumsum(dim=1) > 0) & (mask.flip(1).cumsum(dim=1).flip(1) > 0)

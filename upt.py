@@ -2,28 +2,28 @@
 
 Zang, Li, Zhou, Huang, Loy: Unified Vision and Language Prompt Learning, arXiv:2210.07225
 
-    U'   = SA(U) + LN(U)                                                                              Eq. 5
-    U^   = FFN(LN(U')) + LN(U') = {U^_t, U^_v}                                                        Eq. 5
-    text tower, layer i:   positions 1 .. M hold U^_t^i                                               Eq. 2
-    image tower, layer i:  [s_i, _, E_i] = Block_i([s_{i-1}, E_{i-1}, U^_v^i W_p + b])                Eq. 4
-    p(y = i | x) = softmax_i( cos(w_i, z) / tau ), cross-entropy                                      Eq. 1
+    U'  = SA(U) + LN(U);   U^  = FFN(LN(U')) + LN(U') = {U^_t, U^_v}                                  Eq. 5
+    text tower, layer i:   the tokens 1 .. M of every prompt are U^_t of U^i                          Eq. 2
+    image tower, layer i:  [c, _, Z] = l_i([c, V, Z]),  V = U^_v of U^i, times W_p, plus b            Eq. 4
+    p(y = i | x) = softmax_i( cos(w_i, z) / tau ), trained with cross-entropy                         Eq. 1
 
-    U^i     unified  (depth, M + P, Dt)                learned, from a normal distribution, standard deviation 0.02
-    theta   self_attention, ffn, ln_1, ln_2                 learned, one for all layers
+    U^i     unified[i]  (M + P, Dt)                    learned, from a normal distribution, standard deviation 0.02
+    theta   self_attention, ffn, ln_1, ln_2            learned, one for all layers
     W_p, b  to_visual  Dt -> D                         learned, one for all layers
+    c, Z    class token (B, D), patches (B, N, D)      w_i  classifier (E,)      z  image feature (E,)
 
 The paper prints Eq. 5 and "layer-wise prompts". It leaves open, and here is chosen:
-  * how 512 numbers become 768: W_p, as in the author's code; tokens are split, not features: the first M are the text's
-  * n: 4 + 4; how many LN: two, the second used twice; heads: 1; width of the FFN: 512; dropout: 0.1; one theta
-  * deep text prompts overwrite the hidden states of the last ones; warm-up and epochs are CoOp's
-  * the templates are the data set's, which the published numbers need; Appendix B names one, "a photo of a"
-The author's later trainer, the only code there is, is another method: preset="released" has its one shallow set, its
-block h = LN(U + SA(U)), U^ = h + FFN(LN(h)), its prompts in front of ln_pre, and its attention, which sees one token
-at a time because its axes are swapped: the two modalities meet only in the weights of theta, and the query and key
-weights never learn. (It evaluates theta twice per step, with two dropout masks; here once.)
+  * Text width 512 meets visual width 768 in W_p, as in the author's code. The first M tokens of U^ are the text's.
+  * M and P are 4. theta has two LayerNorms, the second used twice, one head, an FFN of width Dt and dropout 0.1.
+  * A deep text prompt overwrites the hidden states at its places. Warm-up and epochs are CoOp's.
+  * Templates are the data set's, which the published numbers need. Appendix B names one, "a photo of a".
+The only code there is, a later trainer of the author's, is another method: preset="released". It has one set U, whose
+prompts travel on through all layers, in front of ln_pre in the image tower. Its block is h = LN(U + SA(U)), U^ = h +
+FFN(LN(h)). The axes of its attention are swapped, so that it sees one token at a time: the two modalities meet only in
+the weights of theta, and the query and key weights never learn.
 
-Eq. 5 ends in LN, so its prompts have unit variance, 25 to 50 times the size of a word embedding (so do the released
-ones; those of mode="mlp" and "shared" stay small). The literal form is the default; text_scale=0.05 mends the size.
+Eq. 5 ends in LN, so its prompts have unit variance, 25 to 50 times the size of a word embedding. The literal form is
+the default; text_scale=0.05 mends the size.
 
 To use it elsewhere, copy this file, clip_min.py and assets/bpe_merges.txt.gz.
 B images, K classes, N patches, M = n_ctx, P = n_visual, D and Dt widths of the towers, E joint width.
@@ -39,14 +39,14 @@ from clip_min import Method, UserError
 class UPT(Method):
     """CLIP with unified prompts for both towers. Learns 2,021,120 numbers on ViT-B by default.
 
-    `mode` is what turns the unified prompts into those of the towers, as in the paper's Table 2:
-      "attention"  theta, a Transformer layer: UPT                           (1,976,064 with preset="released")
-      "mlp"        two linear layers, on each token alone                      (968,448)
-      "shared"     nothing, both towers get the same tokens                    (418,560)
-      "joint"      there are no unified prompts: CoOp and VPT side by side      (38,912)
-    `preset` is "paper" or "released", see above. `n_ctx` text and `n_visual` visual prompts enter each of the first
-    `depth_text` and `depth_visual` layers; None is the preset's depth, all layers or one. Where the depths differ, the
-    deeper tower's extra sets hold tokens that the other does not use. `text_scale` multiplies the text prompts.
+    `mode` is what makes the prompts of the towers out of the unified ones, as in the paper's Table 2:
+      "attention"  theta, a Transformer layer: UPT               (1,976,064 with preset="released")
+      "mlp"        two linear layers, on each token alone                              (968,448)
+      "shared"     nothing: both towers get the same tokens                            (418,560)
+      "joint"      there are no unified prompts, but CoOp's and VPT's side by side      (38,912)
+    `preset` is "paper" or "released", see above. `n_ctx` text prompts enter each of the first `depth_text` layers and
+    `n_visual` visual prompts each of the first `depth_visual`. None means the preset's depth, all layers or one. Where
+    the depths differ, one tower leaves its part of the deeper sets unused. `text_scale` multiplies the text prompts.
     """
 
     # UPT, Appendix B; warm-up, crops and epochs are CoOp's, on whose code it is built.
@@ -76,10 +76,8 @@ class UPT(Method):
                             f"and 1 to {visual_layers}.")
         self.depth_text, self.depth_visual = depth_text, depth_visual
         width, visual_width = self.shared.shape[-1], len(clip.visual.class_embedding)
-        if heads < 1 or width % heads:
-            raise UserError(f"heads is {heads}: choose a divisor of {width}.")
-        if not 0 <= dropout < 1:
-            raise UserError(f"dropout is {dropout}: choose 0 or more, and less than 1.")
+        if heads < 1 or width % heads or not 0 <= dropout < 1:
+            raise UserError(f"heads is {heads} and dropout {dropout}: choose a divisor of {width} and 0 to below 1.")
 
         def normal(*shape):
             return nn.Parameter(self.shared.new_empty(shape).normal_(std=0.02))
@@ -121,9 +119,10 @@ class UPT(Method):
             h = self.ln_1(u + self.dropout(attended))
             u = h + self.dropout(self.ffn(self.ln_2(h)))
         else:
-            u_prime = self.self_attention(u, u, u, need_weights=False)[0] + self.ln_1(u)  # Eq. 5, attention within a layer
+            attended = self.self_attention(u, u, u, need_weights=False)[0]  # among the tokens of a layer
+            u_prime = attended + self.ln_1(u)  # Eq. 5
             y = self.ln_2(u_prime)
-            u = self.ffn(y) + y
+            u = self.ffn(y) + y  # Eq. 5
         return u[:, : self.n_ctx] * self.text_scale, self.to_visual(u[:, self.n_ctx :])
 
     def encode_text(self):
@@ -145,7 +144,7 @@ class UPT(Method):
         text, shared, own, m = self.clip.text, self.shared, self.own, self.n_ctx
         for layer, block in enumerate(text.blocks):
             if layer < self.depth_text:  # only the shared beginning is rewritten: nothing per class is computed again
-                ctx = prompts[layer] if layer else prompts[0] + text.positional_embedding[1 : 1 + m]
+                ctx = prompts[layer] if layer else prompts[0] + text.positional_embedding[1 : 1 + m]  # Eq. 2
                 shared = torch.cat([shared[:, :1], ctx.unsqueeze(0), shared[:, 1 + m :]], dim=1)
             shared, own = block(shared, own, self.eot)
         return text.project(own)
@@ -154,39 +153,38 @@ class UPT(Method):
         """Visual prompts (depth, P, D), images (B, 3, R, R) -> (B, E)."""
         visual = self.clip.visual
         x = visual.embed(images)  # (B, 1+N, D)
-        if self.released:  # the first set stands in front of ln_pre, which works token by token
+        if self.released:  # in front of ln_pre, which works token by token
             prompts = torch.cat([visual.ln_pre(prompts[:1]), prompts[1:]])
         last = self.depth_visual - 1
         for block, p in zip(visual.blocks[:last], prompts, strict=False):
             x = block(x, p)  # p (P, D)                                                                       Eq. 4
-        x = torch.cat([x, prompts[last].expand(len(x), -1, -1)], dim=1)  # travel on where no others follow
+        x = torch.cat([x, prompts[last].expand(len(x), -1, -1)], dim=1)  # tokens that travel on: no others follow
         for block in visual.blocks[last:]:
             x = block(x)
         return visual.project(x)
 
 
+# Appendix A. Features are made unit and squared distances are summed over the dimensions: the paper prints neither.
 def intra_class_variance(features, labels):
-    """Var_v of Appendix A, Eq. 6-7: image features (n, E), labels (n,) -> mean over classes of their variance.
-
-    Features are made unit here and squared distances summed over the dimensions; the paper prints neither.
-    """
+    """Var_v, Eq. 6-7: image features (n, E), labels (n,) -> the mean over the classes of their variance."""
     features = F.normalize(features.float(), dim=-1)
     classes = [features[labels == c] for c in labels.unique()]
     return torch.stack([(x - x.mean(dim=0)).square().sum(dim=1).mean() for x in classes]).mean()
 
 
 def inter_class_variance(text):
-    """Var_t of Appendix A, Eq. 8: text features (K, E), made unit -> their variance over the classes."""
+    """Var_t, Eq. 8: text features (K, E) -> their variance over the classes."""
     text = F.normalize(text.float(), dim=-1)
     return (text - text.mean(dim=0)).square().sum(dim=1).mean()
 
 
 @torch.no_grad()
 def variances(method, batches, autocast):
-    """-> Var_v of the pictures in batches of (images, labels) and Var_t of the method's classifier, by name."""
+    """batches of (images, labels) -> Var_v of the method's image features and Var_t of its classifier, by name."""
     method.eval()
     with autocast:
         text = method.encode_text()
-        features, labels = zip(*((method.encode_image(images, text), labels) for images, labels in batches), strict=True)
-    return {"image_within_classes": intra_class_variance(torch.cat(features), torch.cat(labels)).item(),
+        seen = [(method.encode_image(images, text), labels) for images, labels in batches]
+    features, labels = (torch.cat(parts) for parts in zip(*seen, strict=True))
+    return {"image_within_classes": intra_class_variance(features, labels).item(),
             "text_between_classes": inter_class_variance(text).item()}

@@ -1,312 +1,517 @@
-"""How much faster than the official code? Same weights, same inputs, same results, in one process, in turns.
+"""How fast, how much memory, how close to the machine's limit? Against the official code: same weights, same results.
 
-    pip install clip-anytorch        # OpenAI's code: what the official repositories of the papers are built on
-    python tests/bench.py            # on two CPU cores ten minutes; --quick: B/32 alone and fewer turns
+    pip install clip-anytorch             # OpenAI's code: what the official repositories of the papers are built on
+    python tests/bench.py                 # the main cases on ViT-B/32, under five minutes on two slow CPU cores
+    python tests/bench.py --all           # every method on ViT-B/32 and ViT-B/16, then --growth and --pipeline
+    python tests/bench.py --device cuda   # the same on a GPU, also with --all
+    python tests/bench.py --growth        # steps a second and memory against classes, batch and number of prompts
+    python tests/bench.py --pipeline      # pictures a second of data.py beside a plain torchvision pipeline
+    python tests/bench.py --backbone tiny # try the benchmark itself, in seconds; its ratios mean nothing
 
-The plain side computes what the official code does, with OpenAI's modules: 77 positions for every class, in training
-at every step and in evaluation for every batch. Weights are random, of the real sizes. Before a case is timed, both
-sides must give the same numbers. Exit status 1 if a ratio misses its target.
+Each case runs in one process with the official computation, in turns with it and with a large matrix product; the table
+has the median of five ratios and their range. Before it is timed, both sides must give the same loss and gradients, or
+the same logits. Weights are random, of the real sizes. The exit status is 1 if a target is missed.
 
-A further method adds one function, clips -> (ours, plain), and one row to CASES.
+Peak memory is what a step takes above the weights, measured in a process of its own.
+
+"of the limit" compares a step with the products that it cannot avoid, at the rate of the large matrix product. Counted
+are two operations for each number of a frozen weight matrix and each token that meets it, with D the tower's width:
+  * 12 D^2 numbers in every block but the last. The last needs 2 D^2, keys and values, of each token, and 10 D^2 of the
+    tokens that are read. Visual prompts need keys and values alone. The text's shared beginning counts once, and a
+    class has no tokens behind its end mark.
+  * The backward pass counts the same again where a learned tensor lies below. In the first block, the 3 D^2 of query,
+    key and value are left out for tokens that nothing learned has touched.
+  * FG-VPL's learned layer counts three times: forward, gradients of its input and of its weights.
+Attention itself, LayerNorm, activations and small learned modules are not counted, so 100 % cannot be reached.
+
+A further method adds a class, if a plain version of it does not exist yet, and rows to CASES.
 """
 
 import argparse
 import copy
 import gc
 import importlib.util
+import json
+import math
+import os
 import platform
+import resource
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
-from conftest import B16, B32, openai_clip, random_state_dict
+from conftest import B16, B32, TINY, openai_clip, random_state_dict
+from PIL import Image
 from torch import nn
+from torch.utils.data import DataLoader
+from torchvision.datasets import ImageFolder
 
-from clip_min import CLIP, tokenize
-from coop import CoOp
-from dpt import DPT, VLP
-from fgvpl import FGVPL
-from upt import UPT
-from vpt import VPT
+import data
+from clip_min import CLIP, preprocess, tokenize
+from fgvpl import object_patches
+from train import METHODS
 
-SIZES = {"ViT-B/32": B32, "ViT-B/16": B16}
-N_CTX = 16
+SIZES = {"ViT-B/32": B32, "ViT-B/16": B16, "tiny": TINY}
+TRAIN_BATCH = {"ViT-B/32": 8, "ViT-B/16": 4, "tiny": 4}
+TEST_BATCH, TURNS = 32, 5
 DTD = """banded blotchy braided bubbly bumpy chequered cobwebbed cracked crosshatched crystalline dotted fibrous flecked
     freckled frilly gauzy grid grooved honeycombed interlaced knitted lacelike lined marbled matted meshed paisley
     perforated pitted pleated polka-dotted porous potholed scaly smeared spiralled sprinkled stained stratified striped
-    studded swirly veined waffled woven wrinkled zigzagged"""
-NAMES = DTD.split()  # 47 classes
+    studded swirly veined waffled woven wrinkled zigzagged""".split()  # 47 classes
 
 
-class Clips(NamedTuple):
-    """One backbone twice, frozen, with the same weights; images of its resolution on demand."""
+class Case(NamedTuple):
+    """One row of the table: a training step of a method, or its evaluation of one batch."""
 
-    ours: CLIP
-    openai: nn.Module
-    train_batch: int
+    name: str
+    method: str
+    targets: dict = {}  # by backbone: how many times faster than the official computation it must be
+    options: dict = {}  # of the method
+    epoch: int = 100  # VLP and DPT are in their guidance phase below 30
+    evaluation: bool = False
+    short: bool = False  # also without --all
+    limit: float = 0  # the least fraction of the machine's limit
+    classes: int = 47
+    batch: int = 0  # 0: TRAIN_BATCH or TEST_BATCH
 
-    def images(self, n):
-        resolution = self.ours.visual.resolution
-        return torch.randn(n, 3, resolution, resolution, generator=torch.Generator().manual_seed(1))
+
+CASES = [
+    Case("CoOp step", "coop", {"ViT-B/32": 5.5, "ViT-B/16": 4.2}, short=True, limit=0.7),
+    Case("VPT step", "vpt", {"ViT-B/32": 1.25, "ViT-B/16": 1.2}, short=True, limit=0.7),
+    Case("VPT step, 120 prompts", "vpt", {"ViT-B/32": 3}, dict(n_visual=120), limit=0.7),
+    Case("VLP step, guidance", "vlp", {"ViT-B/32": 3.2}, epoch=0, limit=0.7),
+    Case("VLP step, main phase", "vlp", {"ViT-B/32": 4.5}, short=True, limit=0.7),
+    Case("DPT step, guidance", "dpt", {"ViT-B/32": 3.2}, epoch=0, limit=0.7),
+    Case("DPT step, main phase", "dpt", {"ViT-B/32": 3.5}, limit=0.7),
+    Case("UPT step", "upt", options=dict(dropout=0.0), limit=0.7),  # dropout would make the two sides differ
+    Case("FG-VPL step", "fgvpl", short=True, limit=0.7),
+    Case("zero-shot evaluation", "zeroshot", {"ViT-B/32": 1, "ViT-B/16": 1}, evaluation=True, short=True, limit=0.85),
+    Case("CoOp evaluation", "coop", {"ViT-B/32": 2, "ViT-B/16": 1.3}, evaluation=True, short=True),
+    Case("VPT evaluation", "vpt", evaluation=True),
+    Case("VLP evaluation", "vlp", evaluation=True),
+    Case("DPT evaluation", "dpt", evaluation=True),
+    Case("UPT evaluation", "upt", options=dict(dropout=0.0), evaluation=True),
+    Case("FG-VPL evaluation", "fgvpl", evaluation=True),
+]
+MANY_CLASSES, MANY_CLASSES_GB = Case("CoOp step, 1,000 classes", "coop", classes=1000), 4
 
 
-class PlainCoOp(nn.Module):
-    """CoOp as its official code computes it, on OpenAI's package."""
+# ---- The official computation: every prompt is a token of every class and of every picture ----
 
-    def __init__(self, clip, ctx):
+
+class Plain(nn.Module):
+    """Zero-shot CLIP on OpenAI's towers. `method` is a copy of ours, for its learned tensors and its small modules."""
+
+    def __init__(self, ours, clip):
         super().__init__()
-        self.clip, self.ctx = clip, nn.Parameter(ctx.detach().clone())
-        self.tokens = tokenize([" ".join(["X"] * len(ctx)) + f" {name}." for name in NAMES])
-        embedding = clip.token_embedding(self.tokens)
-        self.prefix, self.suffix = embedding[:, :1], embedding[:, 1 + len(ctx) :]
+        self.clip, self.method = clip, copy.deepcopy(ours, {id(ours.clip): ours.clip})
 
     def encode_text(self):
-        ctx = self.ctx.unsqueeze(0).expand(len(NAMES), -1, -1)
-        x = torch.cat([self.prefix, ctx, self.suffix], dim=1) + self.clip.positional_embedding  # (K, 77, D)
-        x = self.clip.transformer(x.permute(1, 0, 2)).permute(1, 0, 2)
-        x = self.clip.ln_final(x)
-        return x[torch.arange(len(x)), self.tokens.argmax(dim=-1)] @ self.clip.text_projection
+        return self.method.zero_shot
 
-    def forward(self, images):
-        image = self.clip.encode_image(images)
-        text = self.encode_text()
-        image, text = image / image.norm(dim=-1, keepdim=True), text / text.norm(dim=-1, keepdim=True)
-        return self.clip.logit_scale.exp() * image @ text.t()
-
-    def loss(self, images, labels):
-        return F.cross_entropy(self(images), labels)
-
-
-class PlainDPT(PlainCoOp):
-    """VPT, VLP and DPT as DPT's official code computes them, on OpenAI's package, with the learned tensors of `ours`."""
-
-    def __init__(self, clip, ours):
-        ctx = getattr(ours, "ctx", torch.zeros(N_CTX, clip.positional_embedding.shape[1]))
-        super().__init__(clip, ctx)
-        self.w0, self.guidance = ours.clip.classifier(NAMES), not isinstance(ours, VPT)
-        self.visual_prompts = nn.Parameter(ours.visual_prompts.detach().clone())
-        self.cavpt = copy.deepcopy(ours.cavpt[0]) if isinstance(ours, DPT) else None
-
-    def encode_image(self, images, g=None):
-        visual, aux = self.clip.visual, None
-        x = visual.conv1(images).flatten(2).permute(0, 2, 1)
-        x = torch.cat([visual.class_embedding.expand(len(x), 1, -1), x], dim=1) + visual.positional_embedding
-        x = visual.ln_pre(x).permute(1, 0, 2)  # (1+N, B, D), OpenAI's layout
-        n, blocks = len(x), visual.transformer.resblocks
-        for i, block in enumerate(blocks):
-            p = self.visual_prompts[i].unsqueeze(1).expand(-1, len(images), -1)
-            if self.cavpt is not None and i == len(blocks) - 1:
-                p, aux = self.cavpt(g, x[:n].permute(1, 0, 2), self.visual_prompts[i])
-                p = p.permute(1, 0, 2)
-            x = block(torch.cat([x[:n], p], dim=0))
-        return visual.ln_post(x[0]) @ visual.proj, aux
+    def encode_image(self, images, text):
+        return self.clip.encode_image(images)
 
     def cosines(self, image, text):
         image, text = image / image.norm(dim=-1, keepdim=True), text / text.norm(dim=-1, keepdim=True)
         return self.clip.logit_scale.exp() * image @ text.t()
 
-    def loss(self, images, labels):
-        if not self.guidance:  # VPT
-            return F.cross_entropy(self.cosines(self.encode_image(images)[0], self.w0), labels)
+    def forward(self, images):
+        text = self.encode_text()  # for every batch, as the official forward passes do
+        return self.cosines(self.encode_image(images, text), text)
+
+    def loss(self, images, labels, epoch):
+        return F.cross_entropy(self(images), labels)
+
+    def text_tower(self, prompts):
+        """prompts (layers, M, D) stand behind the start token, in each of the first layers anew -> (K, E)."""
+        clip, m, names = self.clip, prompts.shape[1], self.method.classnames
+        tokens = tokenize([" ".join(["X"] * m) + f" {name}." for name in names]).to(prompts.device)
+        x = clip.token_embedding(tokens).transpose(0, 1)  # (77, K, D), OpenAI's layout
+        for layer, block in enumerate(clip.transformer.resblocks):
+            if layer < len(prompts):
+                p = prompts[layer].unsqueeze(1).expand(-1, len(names), -1)
+                x = torch.cat([x[:1], p, x[1 + m :]])
+            if layer == 0:
+                x = x + clip.positional_embedding.unsqueeze(1)
+            x = block(x)
+        x = clip.ln_final(x.transpose(0, 1))
+        return x[torch.arange(len(x)), tokens.argmax(dim=-1)] @ clip.text_projection
+
+    def embed(self, images):
+        """-> (1+N, B, D), OpenAI's layout."""
+        visual = self.clip.visual
+        x = visual.conv1(images).flatten(2).permute(0, 2, 1)
+        x = torch.cat([visual.class_embedding.expand(len(x), 1, -1), x], dim=1) + visual.positional_embedding
+        return visual.ln_pre(x).permute(1, 0, 2)
+
+    def project(self, x):
+        return self.clip.visual.ln_post(x[0]) @ self.clip.visual.proj
+
+    def image_tower(self, images, prompts, last=None):
+        """prompts (L, P, D). last(x (1+N, B, D), prompts (P, D)) makes those of the last layer (k, B, D). -> (B, E)"""
+        x, blocks = self.embed(images), self.clip.visual.transformer.resblocks
+        n = len(x)
+        for layer, block in enumerate(blocks):
+            p = prompts[layer].unsqueeze(1).expand(-1, len(images), -1)
+            if last and layer == len(blocks) - 1:
+                p = last(x[:n], prompts[layer])
+            x = block(torch.cat([x[:n], p]))
+        return self.project(x)
+
+
+class PlainCoOp(Plain):
+    def encode_text(self):
+        return self.text_tower(self.method.ctx.unsqueeze(0))
+
+
+class PlainVPT(Plain):
+    def encode_image(self, images, text):
+        return self.image_tower(images, self.method.visual_prompts)
+
+
+class PlainVLP(PlainCoOp, PlainVPT):
+    def loss(self, images, labels, epoch):
         text = self.encode_text()
+        return self.phase_loss(self.encode_image(images, text), text, images, labels, epoch)
+
+    def phase_loss(self, z, text, images, labels, epoch):
+        loss = F.cross_entropy(self.cosines(z, text), labels)
+        if epoch >= 30:
+            return loss
         with torch.no_grad():
             z0 = self.clip.encode_image(images)
-            likely = self.cosines(z0, self.w0).topk(10).indices
-        z, aux = self.encode_image(images, text[likely])
-        loss = (F.cross_entropy(self.cosines(z0, text), labels) + F.cross_entropy(self.cosines(z, self.w0), labels)
-                + 0.1 * F.cross_entropy(self.cosines(z, text), labels))
-        hit = likely == labels[:, None]
-        if aux is not None and hit.any():
-            loss = loss + 0.3 * F.cross_entropy(aux[hit], labels[hit.any(dim=1)])
-        return loss
+        image_alone = F.cross_entropy(self.cosines(z, self.method.zero_shot), labels)
+        return F.cross_entropy(self.cosines(z0, text), labels) + image_alone + 0.1 * loss
 
 
-def coop_pair(clips):
-    torch.manual_seed(1)
-    ours = CoOp(clips.ours, NAMES, n_ctx=N_CTX)
-    return ours, PlainCoOp(clips.openai, ours.ctx)
+class PlainDPT(PlainVLP):
+    def encode_image(self, images, text):
+        with torch.no_grad():
+            self.likely = self.cosines(self.clip.encode_image(images), self.method.zero_shot).topk(10).indices
+
+        def class_aware(x, prompts):
+            p, self.aux = self.method.cavpt[0](text[self.likely], x.transpose(0, 1), prompts)
+            return p.transpose(0, 1)
+
+        return self.image_tower(images, self.method.visual_prompts, class_aware)
+
+    def phase_loss(self, z, text, images, labels, epoch):
+        loss, hit = super().phase_loss(z, text, images, labels, epoch), self.likely == labels.unsqueeze(1)
+        if hit.any():
+            loss = loss + 0.3 * F.cross_entropy(self.aux[hit], labels[hit.any(dim=1)])
+        return loss + 0 * self.aux.sum()  # a gradient for the auxiliary classifier also without a hit
 
 
-# ---- Cases: clips -> (ours, plain), two functions without arguments that return the same tensors ----
+class PlainUPT(Plain):
+    def forward(self, images):
+        text_prompts, visual_prompts = self.method.tower_prompts()
+        return self.cosines(self.image_tower(images, visual_prompts), self.text_tower(text_prompts))
 
 
-def coop_step(clips):
-    return training_steps(clips, coop_pair(clips), "ctx")
+class PlainFGVPL(Plain):
+    def __init__(self, ours, clip):
+        super().__init__(ours, clip)
+        self.method.layer = copy.deepcopy(clip.visual.transformer.resblocks[-1]).requires_grad_(True)  # Phi_O
+
+    def forward(self, images):
+        method, blocks, rollout = self.method, self.clip.visual.transformer.resblocks, None
+        x = self.embed(images)
+        n = len(x) - 1
+        x = torch.cat([x, self.clip.visual.ln_pre(method.x_fp).expand(1, len(images), -1)])
+        for block in blocks[:-1]:
+            h = block.ln_1(x)
+            attended, weights = block.attn(h, h, h, average_attn_weights=False)  # (B, H, N+2, N+2)
+            x = x + attended
+            x = x + block.mlp(block.ln_2(x))
+            rollout = weights.detach() if rollout is None else weights.detach() @ rollout
+        seen = F.pad(object_patches(rollout[:, :, 0, 1 : 1 + n].sum(dim=1)), (1, 1), value=True)
+        h = method.layer.ln_1(x)
+        y = x + method.layer.attn(h, h, h, key_padding_mask=~seen, need_weights=False)[0]
+        f, f_o = self.project(blocks[-1](x)), self.project(y + method.layer.mlp(method.layer.ln_2(y)))
+        text = method.encode_text()
+        return method.classify(f, 0, text) + method.beta * method.classify(f_o, -1, text)
 
 
-def training_steps(clips, methods, *learned):
-    """Forward, backward, SGD step of each method. -> loss, gradients of the named tensors."""
-    images = clips.images(clips.train_batch)
-    labels = torch.arange(len(images))
-
-    def step_of(method):
-        parameters = [p for p in method.parameters() if p.requires_grad]
-        optimizer = torch.optim.SGD(parameters, lr=0.0, momentum=0.9, weight_decay=5e-4)  # comparable at every turn
-
-        def step():
-            loss = method.loss(images, labels)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            return loss.detach(), *(getattr(method, name).grad for name in learned)
-
-        return step
-
-    return tuple(step_of(method) for method in methods)
+PLAIN = {"zeroshot": Plain, "coop": PlainCoOp, "vpt": PlainVPT, "vlp": PlainVLP, "dpt": PlainDPT, "upt": PlainUPT,
+         "fgvpl": PlainFGVPL}
 
 
-def vpt_step(clips):
-    ours = VPT(clips.ours, NAMES)
-    return training_steps(clips, (ours, PlainDPT(clips.openai, ours)), "visual_prompts")
+# ---- Running a case ----
 
 
-def vlp_step(clips):
-    ours = VLP(clips.ours, NAMES)
-    return training_steps(clips, (ours, PlainDPT(clips.openai, ours)), "visual_prompts", "ctx")
-
-
-def dpt_step(clips):
-    ours = DPT(clips.ours, NAMES)
-    return training_steps(clips, (ours, PlainDPT(clips.openai, ours)), "visual_prompts", "ctx")
-
-
-def upt_step(clips):
-    """The other side is no plain UPT but VLP's main phase with as many prompts: what the unified layer costs."""
-    upt, vlp = UPT(clips.ours, NAMES), VLP(clips.ours, NAMES, n_ctx=4, n_vpt=4, guide_epochs=0)
-    return training_steps(clips, (upt, vlp))
-
-
-def fgvpl_step(clips):
-    """The other side is the frozen tower with one learned token: what rollout, object branch and pathways cost."""
-    fgvpl, plain = FGVPL(clips.ours, NAMES), VPT(clips.ours, NAMES, n_ctx=1, deep=False)
-    fgvpl.reserve(16 * len(NAMES))  # 16 shots; what the cache holds makes no difference to the time
-    fgvpl.keys.copy_(F.normalize(torch.randn_like(fgvpl.keys), dim=-1))
-    return training_steps(clips, (fgvpl, plain))
-
-
-def coop_evaluation(clips, batches=3):
-    """Three batches of 32: the official code encodes the text for each, ours once. -> logits."""
-    ours, plain = coop_pair(clips)
-    images = clips.images(32)
-
-    @torch.no_grad()
-    def evaluate_ours():
-        text = ours.encode_text()
-        return [ours(images, text) for _ in range(batches)]
-
-    @torch.no_grad()
-    def evaluate_plain():
-        return [plain(images) for _ in range(batches)]
-
-    return evaluate_ours, evaluate_plain
-
-
-def text_tower_step(clips):
-    """The classifier from the contexts, forward and backward, without images. -> features, gradient."""
-    def step_of(method):
-        def step():
-            method.ctx.grad = None
-            text = method.encode_text()
-            F.normalize(text, dim=-1)[:, 0].sum().backward()
-            return text.detach(), method.ctx.grad
-
-        return step
-
-    return tuple(step_of(method) for method in coop_pair(clips))
-
-
-class Case(NamedTuple):
-    name: str
-    make: callable
-    targets: dict  # backbone: the ratio it must reach, None to report it only
-    same: bool = True  # both sides must return the same tensors
-
-
-CASES = [
-    Case("CoOp training step", coop_step, {"ViT-B/32": 5, "ViT-B/16": 3.5}),
-    # With B/16 nine tenths of our evaluation is the image tower, which both sides must compute: 2 is out of reach.
-    Case("CoOp evaluation, 3 batches of 32", coop_evaluation, {"ViT-B/32": 2, "ViT-B/16": None}),
-    # VLP and DPT in the guidance phase, where both sides also run the frozen image tower once.
-    Case("VPT training step", vpt_step, {"ViT-B/32": 1.1}),
-    Case("VLP training step", vlp_step, {"ViT-B/32": 2.8}),
-    Case("DPT training step", dpt_step, {"ViT-B/32": 2.8}),
-    Case("UPT training step against VLP's", upt_step, {"ViT-B/32": 1 / 1.15}, same=False),
-    Case("FG-VPL training step against one token's", fgvpl_step, {"ViT-B/32": 1 / 1.4, "ViT-B/16": 1 / 1.4}, same=False),
-    Case("CoOp text tower, forward and backward", text_tower_step, {"ViT-B/32": 10}),  # the same in both backbones
-]
-TRAIN_BATCH = {"ViT-B/32": 8, "ViT-B/16": 4}
-
-
-# ---- Measuring ----
-
-
-def build(backbone):
+def build(case, backbone, device, with_openai=True):
+    """-> our method, the plain one or None; images and labels of a batch."""
     state = random_state_dict(**SIZES[backbone])
-    return Clips(CLIP.from_state_dict(state), openai_clip(state).requires_grad_(False), TRAIN_BATCH[backbone])
+    clip = CLIP.from_state_dict(state).to(device)
+    names = DTD[: case.classes] if case.classes <= len(DTD) else [  # two words each
+        f"{DTD[i % len(DTD)]} {DTD[i // len(DTD)]}" for i in range(case.classes)]
+    torch.manual_seed(1)
+    ours = METHODS[case.method](clip, names, **case.options).to(device)
+    if case.method == "fgvpl":  # what the cache of 16 shots holds makes no difference to the time
+        keys = F.normalize(torch.randn(2, 16 * len(names), ours.zero_shot.shape[1], device=device), dim=-1)
+        ours.set_cache(keys, torch.arange(len(names), device=device).repeat_interleave(16))
+    plain = PLAIN[case.method](ours, openai_clip(state).requires_grad_(False).to(device)) if with_openai else None
+    batch = case.batch or (TEST_BATCH if case.evaluation else TRAIN_BATCH[backbone])
+    images = torch.randn(batch, 3, clip.visual.resolution, clip.visual.resolution, device=device)
+    return ours, plain, images, torch.arange(batch, device=device) % len(names)
+
+
+def runner(case, method, images, labels):
+    """-> a function that runs the case once and returns its results by name: loss and gradients, or logits."""
+    learned = {name.removeprefix("method."): p for name, p in method.named_parameters() if p.requires_grad}
+
+    def step():
+        loss = method.loss(images, labels, case.epoch)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        return {"loss": loss.detach()} | {name: p.grad for name, p in learned.items()}
+
+    @torch.no_grad()
+    def evaluate():
+        return {"logits": method(images)}
+
+    if case.evaluation:
+        method.eval()
+        return evaluate
+    optimizer = torch.optim.SGD(learned.values(), lr=0.0, momentum=0.9)  # a rate of 0: comparable at every turn
+    return step
 
 
 def assert_same(ours, plain, case):
-    """Warm-up and proof at once: every tensor within 1e-4 of its largest entry."""
-    for a, b in zip(ours(), plain(), strict=True):
-        error, scale = float((a - b).abs().max()), float(b.abs().max())
-        assert error <= 1e-4 * scale, f"{case}: the two sides are {error:.2g} apart, their largest entry is {scale:.2g}"
+    """Every result within 1e-4 of the largest entry that it has on the plain side."""
+    assert ours.keys() == plain.keys(), f"{case.name}: the two sides learn different tensors"
+    for name, b in plain.items():
+        error, scale = float((ours[name] - b).abs().max()), float(b.abs().max())
+        assert error <= 1e-4 * scale, f"{case.name}, {name}: the two sides are {error:.2g} apart, of {scale:.2g}"
 
 
-def seconds(function):
+def seconds(function, device):
+    if device == "cuda":
+        torch.cuda.synchronize()
     began = time.perf_counter()
     function()
+    if device == "cuda":
+        torch.cuda.synchronize()
     return time.perf_counter() - began
 
 
-def row(case, backbone, clips, turns):
-    """Time one case in turns, print its table row. -> whether the median ratio reaches the target."""
-    ours, plain = case.make(clips)
-    if case.same:
-        assert_same(ours, plain, f"{case.name}, {backbone}")
-    else:
-        ours(), plain()
-    times = [(seconds(ours), seconds(plain)) for _ in range(turns)]
-    ratios = [b / a for a, b in times]
-    ratio, target = statistics.median(ratios), case.targets[backbone] or 0
-    a, b = (statistics.median(side) for side in zip(*times, strict=True))
-    verdict = "" if ratio >= target else " **missed**"
-    print(f"| {case.name} | {backbone} | {a:.3f} | {b:.3f} | {ratio:.2f} | {min(ratios):.2f}-{max(ratios):.2f} "
-          f"| {f'{target:.2g}' if target else '-'}{verdict} |", flush=True)
-    return ratio >= target
+def blocks(tokens, prompts, read, tower):
+    """The multiplications that a tower's blocks cannot avoid: see the head of this file."""
+    layers, width = len(tower.blocks), tower.blocks[0].ln_1.normalized_shape[0]
+    per_token = (layers - 1) * (12 * tokens + 2 * prompts) + 2 * (tokens + prompts) + 10 * read
+    return per_token * width**2
 
 
-def machine():
-    x = torch.randn(2048, 2048)
-    best = min(seconds(lambda: x @ x) for _ in range(5))
+def unavoidable(case, method, batch):
+    """-> the floating-point operations that a step or an evaluation cannot avoid: see the head of this file."""
+    visual, text = method.clip.visual, method.clip.text
+    width, n = len(visual.class_embedding), len(visual.positional_embedding) - 1
+    total = batch * n * visual.conv1.weight.numel()
+    guided = case.method == "vlp" and case.epoch < 30 and not case.evaluation
+    if case.method in ("zeroshot", "coop", "dpt") or guided:  # the tower without prompts
+        total += blocks(batch * (1 + n), 0, batch, visual)
+    if case.method not in ("zeroshot", "coop"):  # the tower with what is learned
+        fgvpl = case.method == "fgvpl"  # its prompt travels on as a token
+        prompts = (method.default_options() | case.options).get("n_visual", 0)
+        forward = blocks(batch * (1 + n + fgvpl), prompts, batch, visual)
+        total += forward if case.evaluation else 2 * forward - 3 * batch * (1 + n) * width**2
+        if fgvpl:
+            total += (2 * batch * (2 + n) + 10 * batch) * width**2 * (1 if case.evaluation else 3)
+    if case.method in ("coop", "vlp", "dpt", "upt"):
+        own, shared = int((method.eot + 1).sum()), 1 + method.n_ctx
+        forward = blocks(shared + own, 0, len(method.classnames), text)
+        total += forward if case.evaluation else 2 * forward - 3 * own * text.positional_embedding.shape[1] ** 2
+    return 2 * total
+
+
+def alone(case, backbone, device):
+    """Run our side of a case in this process. -> {"seconds": of a run, "gigabytes": its peak above the weights}."""
+    ours, _, images, labels = build(case, backbone, device, with_openai=False)
+
+    def taken():
+        if device == "cuda":
+            return torch.cuda.max_memory_allocated() / 1e9
+        unit = 1 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    run, before = runner(case, ours, images, labels), taken()
+    run()
+    gigabytes = taken() - before
+    return {"seconds": min(seconds(run, device) for _ in range(2)), "gigabytes": gigabytes}
+
+
+def in_own_process(case, backbone, device):
+    """alone(), in a process of its own."""
+    command = [sys.executable, __file__, "--device", device, "--alone", json.dumps([case, backbone])]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+# ---- The tables ----
+
+
+def compare(case, backbone, device):
+    """Time a case in turns with the plain side and with a matrix product, print its row. -> whether targets are met."""
+    ours, plain, images, labels = build(case, backbone, device)
+    run_ours, run_plain = runner(case, ours, images, labels), runner(case, plain, images, labels)
+    assert_same(run_ours(), run_plain(), case)  # a warm-up as well
+    side = 8192 if device == "cuda" else 2048
+    matrix = torch.randn(side, side, device=device)
+    turns = [(seconds(run_ours, device), seconds(run_plain, device), seconds(lambda: matrix @ matrix, device))
+             for _ in range(TURNS)]
+    ratios = [b / a for a, b, _ in turns]
+    ratio, target = statistics.median(ratios), case.targets.get(backbone, 0)
+    a, b, product = (statistics.median(column) for column in zip(*turns, strict=True))
+    work = unavoidable(case, ours, len(images))
+    limit = work / (2 * side**3 / product) / a
+    rest = where_time_goes(run_ours, device) if limit < case.limit else ""
+    del ours, plain, run_ours, run_plain
+    gc.collect()
+    memory = in_own_process(case, backbone, device)["gigabytes"]
+    missed = ratio < target or limit < case.limit
+    print(f"| {case.name} | {backbone} | {a:.3f} | {b:.3f} | {ratio:.2f} ({min(ratios):.2f}-{max(ratios):.2f}) "
+          f"| {target or '-'} | {memory:.2f} | {work / 1e9:.0f} | {100 * limit:.0f} % of {2 * side**3 / product / 1e9:.0f} "
+          f"| {os.getloadavg()[0]:.1f} | {'**missed** ' if missed else ''}{rest} |", flush=True)
+    return not missed
+
+
+def where_time_goes(run, device):
+    """-> the shares of a run's time that products, attention and the rest take, by PyTorch's profiler."""
+    kinds = {"products": ("addmm", "aten::mm", "bmm", "convolution", "gemm"), "attention": ("attention", "softmax"),
+             "LayerNorm": ("layer_norm",), "activation": ("sigmoid", "silu", "gelu", "aten::mul"),
+             "copies and sums": ("copy", "cat", "add", "sum", "index", "gather", "scatter", "fill", "clone")}
+    activities = [torch.profiler.ProfilerActivity.CPU, *[torch.profiler.ProfilerActivity.CUDA] * (device == "cuda")]
+    with torch.profiler.profile(activities=activities) as profile:
+        run()
+    times = dict.fromkeys([*kinds, "other"], 0)
+    for event in profile.key_averages():
+        kind = next((kind for kind, parts in kinds.items() if any(part in event.key for part in parts)), "other")
+        times[kind] += event.self_device_time_total if device == "cuda" else event.self_cpu_time_total
+    total = sum(times.values())
+    return ", ".join(f"{kind} {100 * time / total:.0f} %" for kind, time in times.items())
+
+
+def many_classes(backbone, device):
+    """The memory that limits the number of classes. -> whether its target is met."""
+    gigabytes = in_own_process(MANY_CLASSES, backbone, device)["gigabytes"]
+    missed = gigabytes >= MANY_CLASSES_GB
+    print(f"\n{MANY_CLASSES.name}, {backbone}: {gigabytes:.2f} GB above the weights, target {MANY_CLASSES_GB}"
+          f"{' **missed**' if missed else ''}")
+    return not missed
+
+
+def default_run():
+    """python train.py as a beginner runs it, drawing its data first. -> whether its targets are met."""
+    with tempfile.TemporaryDirectory() as folder:
+        began = time.perf_counter()
+        command = [sys.executable, "-u", str(Path(__file__).parents[1] / "train.py"), "--root", folder, "--out", folder]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        for line in process.stdout:
+            if line.startswith("learning"):
+                first = time.perf_counter() - began
+        whole = time.perf_counter() - began
+    missed = process.wait() != 0 or first >= 5 or whole >= 30
+    print(f"\npython train.py: {first:.1f} s to the first training step (target 5), {whole:.1f} s in all (target 30), "
+          f"load {os.getloadavg()[0]:.1f}{' **missed**' if missed else ''}")
+    return not missed
+
+
+def growth(backbone, device):
+    """Print how time and memory grow. The slope is that of log(seconds) over log(number) since the row above: linear is 1."""
+    print("\n| | number | steps a second | slope | peak GB | slope |\n|---|---|---|---|---|---|")
+    series = [(f"classes, CoOp step with M = {m}", [(k, Case("", "coop", options=dict(n_ctx=m), classes=k, batch=8))
+                                                    for k in (10, 100, 1000)]) for m in (4, 16)]
+    series += [("batch, VPT step", [(b, Case("", "vpt", batch=b)) for b in (8, 16, 32, 64)]),
+               ("visual prompts, VPT step, batch 8", [(p, Case("", "vpt", options=dict(n_visual=p), batch=8))
+                                                      for p in (1, 10, 40, 120)])]
+    for name, rows in series:
+        before = None
+        for number, case in rows:
+            now = in_own_process(case, backbone, device)
+            slopes = ["-", "-"] if not before else [
+                f"{math.log(now[key] / before[1][key]) / math.log(number / before[0]):.2f}" for key in now]
+            print(f"| {name} | {number} | {1 / now['seconds']:.3g} | {slopes[0]} | {now['gigabytes']:.2f} | {slopes[1]} |",
+                  flush=True)
+            before = number, now
+
+
+def pipeline(n_pictures=256):
+    """Print how many JPEGs of 500 x 375 a second become batches, beside torchvision's ImageFolder and a DataLoader."""
+    print("\n| pictures a second | workers | data.py | torchvision |\n|---|---|---|---|")
+    with tempfile.TemporaryDirectory() as folder:
+        rng = np.random.default_rng(1)
+        for i in range(n_pictures):  # smooth shapes and some noise, about as large as photographs are
+            small = Image.fromarray(rng.integers(0, 256, (15, 20, 3), dtype=np.uint8))
+            picture = np.asarray(small.resize((500, 375), Image.BICUBIC)) + rng.normal(0, 8, (375, 500, 3))
+            place = Path(folder, str(i % 16))
+            place.mkdir(exist_ok=True)
+            Image.fromarray(picture.clip(0, 255).astype(np.uint8)).save(place / f"{i}.jpg", quality=90)
+        for name, transform, batch in ("training", data.augment(224), 32), ("test", preprocess(224), 100):
+            theirs = ImageFolder(folder, transform)
+            for workers in 0, 2, 8:
+                pictures = data.Pictures(theirs.samples, transform)
+                if name == "training":
+                    pictures.decode_all()  # as few_shot_batches does
+                seed = 1 if name == "training" else None
+                loaders = (data.Batches(pictures, batch, torch.device("cpu"), workers, seed),
+                           DataLoader(theirs, batch, num_workers=workers, persistent_workers=workers > 0))
+                rates = []
+                for loader in loaders:
+                    list(loader)  # the workers start
+                    rates.append(n_pictures / seconds(lambda loader=loader: list(loader), "cpu"))
+                print(f"| {name} | {workers} | {rates[0]:.0f} | {rates[1]:.0f} |", flush=True)
+    pictures = 0.4 * 989e12 / 35e9
+    print(f"\nAn H100 at 40 % of its 989 bf16 TFLOP/s reads {pictures:.0f} pictures a second through ViT-B/16 (35 GFLOP "
+          f"each), and {pictures / 2:.0f} in a step that learns visual prompts.")
+
+
+def describe_machine(device):
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    model = next(iter(models), platform.processor() or platform.machine())
-    return (f"torch {torch.__version__}, {torch.get_num_threads()} threads, {model}, "
-            f"{2 * 2048**3 / best / 1e9:.0f} GFLOP/s in a 2048 x 2048 fp32 matmul")
+    name = torch.cuda.get_device_name() if device == "cuda" else next(iter(models), platform.machine())
+    return f"torch {torch.__version__}, {name}, {torch.get_num_threads()} threads, load {os.getloadavg()[0]:.1f}"
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="ViT-B/32 alone, three turns instead of five")
+    parser.add_argument("--all", action="store_true")
+    parser.add_argument("--growth", action="store_true")
+    parser.add_argument("--pipeline", action="store_true")
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--backbone", nargs="+", choices=SIZES)
+    parser.add_argument("--alone", type=json.loads, help=argparse.SUPPRESS)  # for in_own_process
     args = parser.parse_args(argv)
+    if args.alone:
+        print(json.dumps(alone(Case(*args.alone[0]), args.alone[1], args.device)))
+        return 0
     if importlib.util.find_spec("clip") is None:
         print("skipped: clip-anytorch is not installed, and it is what this compares with: pip install clip-anytorch")
         return 0
-    print(machine() + f"; {len(NAMES)} classes, {N_CTX} contexts, training batches {TRAIN_BATCH}\n")
-    print("| case | backbone | ours, s | official, s | times faster, median | min-max | target |")
-    print("|---|---|---|---|---|---|---|", flush=True)
-    reached = []
-    for backbone in list(SIZES)[: 1 if args.quick else None]:
-        clips = build(backbone)
-        reached += [row(case, backbone, clips, 3 if args.quick else 5) for case in CASES if backbone in case.targets]
-        del clips  # before the next one is built
-        gc.collect()
-    return 0 if all(reached) else 1
+    print(describe_machine(args.device))
+    backbones = args.backbone or (["ViT-B/32", "ViT-B/16"] if args.all else ["ViT-B/32"])
+    met = []
+    if args.all or not (args.growth or args.pipeline):
+        print("\n| case | backbone | ours, s | official, s | times faster (range) | target | peak GB | GFLOP "
+              "| of the limit, GFLOP/s | load | |\n|---|---|---|---|---|---|---|---|---|---|---|", flush=True)
+        met += [compare(case, backbone, args.device) for backbone in backbones for case in CASES if case.short or args.all]
+        met += [many_classes(backbones[0], args.device), default_run()]
+    if args.all or args.growth:
+        growth(backbones[0], args.device)
+    if args.all or args.pipeline:
+        pipeline()
+    return 0 if all(met) else 1
 
 
 if __name__ == "__main__":

@@ -17,7 +17,8 @@ B32 = dict(joint=512, resolution=224, vision_layers=12, vision_width=768, patch=
 B16 = B32 | dict(patch=16)
 
 
-def random_state_dict(joint, resolution, vision_layers, vision_width, patch, text_width, text_layers, vocab=49408, seed=0):
+def random_state_dict(
+    joint, resolution, vision_layers, vision_width, patch, text_width, text_layers, vocab=49408, seed=0):
     """Random weights under OpenAI's keys, on the scale of CLIP's initialisation, so that no layer saturates."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -61,7 +62,7 @@ def clip():
 
 
 def openai_module(name):
-    """OpenAI's "model" or "simple_tokenizer" from PyPI's clip-anytorch, or a skip. Its __init__ imports more: go round it."""
+    """OpenAI's "model" or "simple_tokenizer" from PyPI's clip-anytorch, or a skip. Its __init__ imports too much."""
     spec = importlib.util.find_spec("clip")
     if spec is None:
         pytest.skip("clip-anytorch is not installed: pip install clip-anytorch to compare with OpenAI's code")

@@ -431,6 +431,128 @@ def test_attention_weights_of_the_last_block_cover_all_tokens(clip):
     assert weights.shape == (2, 2, 5, 5)
 
 
+# ---- Prompts are keys and values, and nothing else changes ----
+
+PROMPTS = {"the same for every picture": (5, 128), "one set per picture": (3, 5, 128), "one": (1, 128),
+           "none": (0, 128), "none per picture": (3, 0, 128)}  # fmt: skip
+
+
+def block_and_inputs(clip, layer, shape):
+    block, x = clip.visual.blocks[layer], clip.visual.embed(picture(32, 3)).detach()
+    prompts = torch.randn(shape, generator=torch.Generator().manual_seed(4))
+    return block, x.requires_grad_(True), prompts.requires_grad_(True)
+
+
+def concatenated(block, x, prompts):
+    """Every token goes through the whole block, and the outputs of the prompts are thrown away."""
+    return plain_block(block, torch.cat([x, prompts.expand(len(x), -1, -1)], dim=1))[:, : x.shape[1]]
+
+
+@pytest.mark.parametrize("layer", [0, -1])
+@pytest.mark.parametrize("shape", PROMPTS.values(), ids=PROMPTS)
+def test_prompts_give_the_outputs_and_gradients_of_concatenated_tokens(shape, layer, clip):
+    block, x, prompts = block_and_inputs(clip, layer, shape)
+    ours, plain = block(x, prompts), concatenated(block, x, prompts)
+    assert ours.shape == ((3, 1, 128) if layer == -1 else (3, 5, 128))
+    plain = plain[:, : ours.shape[1]]
+    assert_equal(ours, plain)
+    weights = torch.randn(ours.shape, generator=torch.Generator().manual_seed(5))
+    for got, expected in zip(torch.autograd.grad((ours * weights).sum(), [x, prompts]),
+                             torch.autograd.grad((plain * weights).sum(), [x, prompts]), strict=True):  # fmt: skip
+        assert got.shape == expected.shape
+        if got.numel():
+            assert_equal(got, expected)
+    if prompts.numel():
+        assert not torch.allclose(ours, block(x), rtol=0.01)  # they are read
+
+
+def test_all_tokens_of_the_last_block_on_request(clip):
+    block, x, prompts = block_and_inputs(clip, -1, (5, 128))
+    assert_equal(block(x, prompts, all_tokens=True), concatenated(block, x, prompts))
+    assert_equal(block(x, all_tokens=True), plain_block(block, x))
+
+
+@pytest.mark.parametrize("layer", [0, -1])
+@pytest.mark.parametrize("shape", [(5, 128), (3, 5, 128)])
+def test_a_mask_hides_tokens_and_prompts_as_if_they_were_not_there(shape, layer, clip):
+    block, x, prompts = block_and_inputs(clip, layer, shape)
+    mask = torch.ones(3, 10, dtype=torch.bool)
+    mask[:, [2, 7]] = False  # a patch and the third prompt
+    seen = prompts[..., [0, 1, 3, 4], :]
+    plain = concatenated(block, x[:, [0, 1, 3, 4]], seen)
+    ours = block(x, prompts, mask)
+    assert_equal(ours if layer == -1 else ours[:, [0, 1, 3, 4]], plain[:, :1] if layer == -1 else plain)
+
+
+@pytest.mark.parametrize("layer", [0, -1])
+@pytest.mark.parametrize("shape", [(5, 128), (3, 5, 128), (0, 128)])
+def test_prompts_in_half_precision(shape, layer, clip):
+    """fp32 prompts under bf16 autocast: outputs and gradients near those in full precision, gradients in fp32."""
+    block, x, prompts = block_and_inputs(clip, layer, shape)
+    expected = block(x, prompts)
+    weights = torch.randn(expected.shape, generator=torch.Generator().manual_seed(5))
+    expected_gradient = torch.autograd.grad((expected * weights).sum(), prompts)[0]
+    with torch.autocast("cpu", torch.bfloat16):
+        ours = block(x, prompts)
+    gradient = torch.autograd.grad((ours.float() * weights).sum(), prompts)[0]
+    assert_equal(ours.float(), expected, relative=0.03)
+    assert gradient.dtype == torch.float32
+    if prompts.numel():
+        assert_equal(gradient, expected_gradient, relative=0.06)
+
+
+@pytest.mark.parametrize("layer", [0, -1])
+@pytest.mark.parametrize("shape", PROMPTS.values(), ids=PROMPTS)
+def test_attention_weights_with_prompts_are_the_rows_of_a_literal_softmax(shape, layer, clip):
+    block, x, prompts = block_and_inputs(clip, layer, shape)
+    p = dict(block.named_parameters())
+    tokens = F.layer_norm(torch.cat([x, prompts.expand(3, -1, -1)], dim=1), (128,), p["ln_1.weight"], p["ln_1.bias"])
+    q = tokens @ p["attn.in_proj_weight"][:128].T + p["attn.in_proj_bias"][:128]
+    k = tokens @ p["attn.in_proj_weight"][128:256].T + p["attn.in_proj_bias"][128:256]
+    weights = block.attention_weights(x, prompts)
+    assert weights.shape == (3, 2, 5, 5 + shape[-2])
+    for picture_, head, query in ((0, 0, 0), (1, 1, 3), (2, 0, 4)):
+        at = slice(64 * head, 64 * head + 64)
+        scores = torch.stack([q[picture_, query, at] @ key[at] / 64**0.5 for key in k[picture_]])
+        assert_equal(weights[picture_, head, query], scores.exp() / scores.exp().sum())
+
+
+def test_the_image_blocks_take_one_set_of_prompts_each(clip):
+    """VPT's loop against every token in every layer, the prompts replaced."""
+    images, prompts = picture(32, 3), torch.randn(2, 4, 128, generator=torch.Generator().manual_seed(6))
+    x = plain = clip.visual.embed(images)
+    for block, p in zip(clip.visual.blocks, prompts, strict=True):
+        x, plain = block(x, p), concatenated(block, plain, p)
+    assert_equal(clip.visual.project(x), clip.visual.project(plain))
+
+
+# ---- CLIPs that read fewer than 77 tokens ----
+
+
+@pytest.fixture
+def short_clip():
+    state = random_state_dict(**TINY)
+    return CLIP.from_state_dict(state | {"positional_embedding": state["positional_embedding"][:32]})
+
+
+def test_a_clip_may_read_32_tokens(short_clip, clip):
+    assert torch.equal(short_clip.classifier(["cat", "dog"]), clip.classifier(["cat", "dog"]))
+    for ours, plain in zip(short_clip.embed_prompts(["cat"], 16), clip.embed_prompts(["cat"], 16), strict=True):
+        assert torch.equal(ours, plain)
+
+
+def test_a_text_too_long_for_a_clip_of_32_tokens_is_one_sentence(short_clip):
+    with pytest.raises(UserError, match='^"a photo of a cat cat.*" is 41 tokens long .* CLIP reads 32: [^\n]*$'):
+        short_clip.classifier(["dog", "cat" + " cat" * 33])
+
+
+def test_a_context_too_long_shows_the_class_name_instead_of_its_places(short_clip, clip):
+    with pytest.raises(UserError, match=r'^"\[context\] golden retriever\." is 35 tokens long .* reads 32: '):
+        short_clip.embed_prompts(["golden retriever"], 30)
+    with pytest.raises(UserError, match=r'^"\[context\] dog dog .* reads 77: '):
+        clip.embed_prompts(["cat", "dog" + " dog" * 15], 60)
+
+
 # ---- Logits and the zero-shot classifier ----
 
 

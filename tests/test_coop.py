@@ -14,12 +14,12 @@ import torch.nn.functional as F
 from conftest import TINY, random_clip, random_state_dict
 from test_clip import assert_equal, picture, plain_text
 
+import train
 from clip_min import CLIP, UserError, encode, tokenize
 from coop import CoOp
 
 ROOT = Path(__file__).parents[1]
 FILES = dict(coop="CoOp", vpt="VPT", dpt="DPT", upt="UPT", fgvpl="FGVPL")
-FILES = {file: method for file, method in FILES.items() if (ROOT / f"{file}.py").exists()}
 NAMES = ["cat", "shovel-nosed_ray", "polka dotted", "St. John's Co.", "ox"]  # of different lengths, one ends in a dot
 OPTIONS = [
     dict(n_ctx=4), dict(n_ctx=4, class_token_position="middle"), dict(n_ctx=4, class_token_position="front"),
@@ -225,9 +225,14 @@ def test_underscores_in_names_are_spaces(clip):
 
 
 def test_prompts_to_show_have_the_name_and_the_phrase(clip):
-    assert CoOp(clip, ["shovel-nosed_ray"], ctx_init="a photo of a").prompts == ["a photo of a shovel-nosed ray."]
-    prompts = CoOp(clip, NAMES, n_ctx=4).prompts
+    assert CoOp(clip, ["shovel-nosed_ray"], ctx_init="a photo of a").prompt_texts == ["a photo of a shovel-nosed ray."]
+    prompts = CoOp(clip, NAMES, n_ctx=4).prompt_texts
     assert len(prompts) == 5 and "4" in prompts[0] and prompts[0].endswith("cat.")
+
+
+def test_a_negative_number_of_vectors_is_refused(clip):
+    with pytest.raises(UserError, match="n_ctx is -1.*0 or more"):
+        CoOp(clip, NAMES, n_ctx=-1)
 
 
 def test_a_wrong_position_lists_the_choices(clip):
@@ -246,6 +251,15 @@ def test_the_longest_prompt_that_fits_works(clip):
     assert_equal(method.encode_text(), literal_encode_text(method, ["dog", "dog " * 57]))
 
 
+def test_the_recipe_is_the_papers():
+    recipe, options = train.resolve_recipe(CoOp.recipe, {}, "dtd", 16)
+    assert (recipe["optimizer"], recipe["lr"], recipe["warmup_epochs"], recipe["batch_size"]) == ("sgd", 0.002, 1, 32)
+    assert (recipe["momentum"], recipe["weight_decay"], recipe["crop_scale"]) == (0.9, 5e-4, (0.08, 1.0))
+    epochs = [train.resolve_recipe(CoOp.recipe, {}, "dtd", shots)[0]["epochs"] for shots in (1, 2, 4, 8, 16)]
+    assert epochs == [50, 100, 100, 200, 200] and options == {}
+    assert train.resolve_recipe(CoOp.recipe, {}, "imagenet", 16)[0]["epochs"] == 50
+
+
 # ---- A method file can be copied ----
 
 
@@ -261,10 +275,11 @@ def test_a_method_file_imports_only_what_it_may(file):
 
 
 @pytest.mark.parametrize("file", FILES)
-def test_a_method_file_works_when_copied_with_clip_min(file, tmp_path, monkeypatch):
-    for name in (f"{file}.py", "clip_min.py"):
-        shutil.copy(ROOT / name, tmp_path)
-    shutil.copytree(ROOT / "assets", tmp_path / "assets")
+def test_a_method_file_trains_when_copied_with_clip_min_and_the_vocabulary(file, tmp_path, monkeypatch):
+    (tmp_path / "assets").mkdir()
+    for name in (f"{file}.py", "clip_min.py", "assets/bpe_merges.txt.gz"):
+        shutil.copy(ROOT / name, tmp_path / name)
+        assert name in (ROOT / f"{file}.py").read_text(encoding="utf-8") or name == f"{file}.py", "its head says so"
     others = [path for path in sys.path if Path(path).resolve() not in (ROOT, ROOT / "tests")]
     monkeypatch.setattr(sys, "path", [str(tmp_path), *others])
     for name in ("clip_min", "data", "train", *FILES):
@@ -272,6 +287,8 @@ def test_a_method_file_works_when_copied_with_clip_min(file, tmp_path, monkeypat
     module, core = importlib.import_module(file), importlib.import_module("clip_min")
     assert Path(module.__file__).parent == tmp_path and Path(core.__file__).parent == tmp_path
     clip = core.CLIP.from_state_dict(random_state_dict(**TINY))
-    assert getattr(module, FILES[file])(clip, NAMES).encode_text().shape == (5, 64)
+    method = getattr(module, FILES[file])(clip, NAMES)
+    method.loss(picture(32, 2), torch.arange(2)).backward()
+    assert method.parameter_groups() and any(p.grad is not None for p in method.parameters())
     for name in ("clip_min", file):
         monkeypatch.delitem(sys.modules, name)  # the copies go, the originals come back

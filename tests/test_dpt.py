@@ -1,10 +1,8 @@
 """What dpt.py promises: VLP, DPT and the first CAVPT, exactly as a slow reading of the papers' equations."""
 
-import argparse
 import copy
 import functools
 import math
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,18 +14,17 @@ from test_coop import NAMES, literal_encode_text, train_step
 import train
 from clip_min import UserError
 from coop import CoOp
-from dpt import CAVPT, DPT, VLP
+from dpt import CAVPT, DPT, VLP, likely_classes
 
-NO_FLAGS = dict(epochs=None, lr=None, warmup_epochs=None, batch_size=None)
 LAYERS = [("12", False, {2: 0}), ("2-3", False, {1: 0, 2: 1}), ("1-2", False, {0: 0, 1: 1}),
           ("1-12", True, {0: 0, 1: 0, 2: 0})]  # cavpt_layers, cavpt_shared, which module makes whose prompts
 VARIANTS = {
     "vlp": (VLP, {}), "dpt": (DPT, {}), "dpt 1-12": (DPT, dict(cavpt_layers="1-12")),
     "dpt shared": (DPT, dict(cavpt_layers="1-12", cavpt_shared=True)), "cavpt": (CAVPT, {}),
-    "cavpt template": (CAVPT, dict(text="template")), "cavpt keep_vpt": (CAVPT, dict(keep_vpt=True)),
+    "cavpt on vpt": (CAVPT, dict(base="vpt")), "cavpt keep_vpt": (CAVPT, dict(keep_vpt=True)),
 }  # fmt: skip
-V1 = [dict(), dict(softmax_axis="keys"), dict(keep_vpt=True), dict(cavpt_loss=False), dict(text="template"),
-      dict(text="template", keep_vpt=True)]  # fmt: skip
+V1 = [dict(), dict(softmax_axis="keys"), dict(keep_vpt=True), dict(cavpt_loss=False), dict(base="vpt"),
+      dict(base="vpt", keep_vpt=True)]  # fmt: skip
 every_variant = pytest.mark.parametrize("variant", VARIANTS)
 
 
@@ -48,7 +45,7 @@ def wide_clip(patch):
 def make(variant, clip, names=NAMES, **options):
     method_class, defaults = VARIANTS[variant]
     torch.manual_seed(0)
-    return method_class(clip, names, n_ctx=4, n_vpt=3, **defaults | options)
+    return method_class(clip, names, **dict(n_ctx=4, n_visual=3) | defaults | options)
 
 
 def strong(method):
@@ -98,9 +95,10 @@ def only_l_ca(method, images, labels, monkeypatch):
 
 
 def image_runs(method, call):
-    """With how many tokens the first image block is run by call(): 5 without prompts."""
+    """How many tokens and prompts the first image block looks at in every run by call(): 5 without prompts."""
     tokens = []
-    hook = method.clip.visual.blocks[0].register_forward_pre_hook(lambda _, x: tokens.append(x[0].shape[1]))
+    hook = method.clip.visual.blocks[0].register_forward_pre_hook(
+        lambda _, given: tokens.append(sum(x.shape[-2] for x in given)))
     call()
     hook.remove()
     return tokens
@@ -114,7 +112,7 @@ def counted(monkeypatch, owner, name):
 
 
 def resolved(method_class, data_name, shots):
-    return train.resolve_recipe(method_class.recipe, {}, data_name, shots, argparse.Namespace(**NO_FLAGS))
+    return train.resolve_recipe(method_class.recipe, {}, data_name, shots)[0]
 
 
 # ---- The slow literal version: one picture, one class, one key at a time ----
@@ -155,7 +153,7 @@ def dpt_picture(method, image, label, text, modules, l_ca):
     """-> z (E,), z0 (E,)."""
     visual = method.clip.visual
     z0 = method.clip.encode_image(image[None])[0]
-    likely = ranking(method.clip, image[None])[0, : method.k].tolist() if modules else []
+    likely = ranking(method.clip, image[None])[0, : method.k_n].tolist() if modules else []
     x = visual.embed(image[None])[0]
     for layer, block in enumerate(visual.blocks):
         prompts = method.visual_prompts[layer]
@@ -187,7 +185,7 @@ def v1_picture(method, image, label, w0, axis):
     x = visual.embed(image[None])[0]
     for block, prompts in zip(visual.blocks[:-1], method.visual_prompts, strict=False):
         x = plain_block(block, torch.cat([x, prompts])[None])[0, :5]
-    s, likely = x[0].detach(), ranking(method.clip, image[None])[0, : method.k].tolist()
+    s, likely = x[0].detach(), ranking(method.clip, image[None])[0, : method.k_n].tolist()
     queries = [linear(module.mlp[2], linear(module.mlp[0], w0[j]).clamp(min=0)) for j in likely]
     a = torch.stack([q @ linear(module.w_k, s) for q in queries])
     a = a.softmax(dim=0) if axis == "classes" else torch.ones(len(likely))
@@ -205,7 +203,7 @@ def v1_picture(method, image, label, w0, axis):
 def literal_v1(method, images, labels, options):
     """-> logits (B, K), loss, v1 Eq. 11 and 12."""
     w0 = method.clip.classifier(NAMES)
-    text = w0 if options.get("text") == "template" else literal_encode_text(method, NAMES, n_ctx=4)
+    text = w0 if options.get("base") == "vpt" else literal_encode_text(method, NAMES, n_ctx=4)
     logits, ce, l_ca = [], [], []
     for image, label in zip(images, labels.tolist(), strict=True):
         z, terms = v1_picture(method, image, label, w0, options.get("softmax_axis", "classes"))
@@ -255,7 +253,7 @@ def test_version_1_equals_its_equations_in_logits_losses_and_gradients(options, 
 
 
 def test_vlp_without_visual_prompts_is_coop(clip):
-    vlp, coop = VLP(clip, NAMES, n_ctx=4, n_vpt=0), CoOp(clip, NAMES, n_ctx=4)
+    vlp, coop = VLP(clip, NAMES, n_ctx=4, n_visual=0), CoOp(clip, NAMES, n_ctx=4)
     coop.ctx.data = vlp.ctx.data.clone()
     assert_equal(vlp.encode_text(), coop.encode_text())
     assert_equal(vlp(picture(32, 3)), coop(picture(32, 3)))
@@ -330,16 +328,16 @@ def test_version_1_runs_without_class_aware_prompts(clip):
 
 def test_the_likeliest_classes_are_zero_shot_clips(clip):
     method, images = strong(make("dpt", clip, k_n=3)), picture(32, 4)
-    assert torch.equal(method.likely(method.frozen(images)), ranking(clip, images)[:, :3])
+    assert torch.equal(likely_classes(method, method.frozen_features(images)), ranking(clip, images)[:, :3])
 
 
 def test_dpt_prompts_come_from_the_learned_text(clip):
     method, images = make("dpt", clip, k_n=2), picture(32, 2)
     text = method.encode_text()
-    before = method.encode_image(images, text[method.likely(method.frozen(images))])[0]
+    before = method.encode_image(images, text)
+    assert torch.equal(before, method.encode_image(images)), "without the text it is encoded"
     method.ctx.data.normal_()
-    text = method.encode_text()
-    after = method.encode_image(images, text[method.likely(method.frozen(images))])[0]
+    after = method.encode_image(images, method.encode_text())
     assert not torch.allclose(before, after, rtol=1e-3)
 
 
@@ -362,14 +360,14 @@ def test_layers_count_from_one_and_beyond_the_last_mean_the_last(layers, expecte
 
 
 @pytest.mark.parametrize("method_class, options, count", [
-    (VLP, dict(), 100_352), (VLP, dict(n_vpt=120), 1_114_112), (DPT, dict(), 1_136_384),
+    (VLP, dict(), 100_352), (VLP, dict(n_visual=120), 1_114_112), (DPT, dict(), 1_136_384),
     (DPT, dict(cavpt_layers="4-12"), 9_424_640), (DPT, dict(cavpt_layers="8-12"), 5_280_512),
     (DPT, dict(cavpt_layers="1-12"), 12_532_736), (DPT, dict(cavpt_layers="1-4"), 4_244_480),
     (DPT, dict(cavpt_layers="1-8"), 8_388_608), (DPT, dict(cavpt_layers="1"), 1_136_384),
     (DPT, dict(cavpt_layers="1-12", cavpt_shared=True), 1_136_384),
     (DPT, dict(cavpt_layers="4-12", cavpt_shared=True), 1_136_384),
     (CAVPT, dict(), 1_813_536 + 8_192 + 11 * 7_680), (CAVPT, dict(keep_vpt=True), 1_813_536 + 100_352),
-    (CAVPT, dict(text="template"), 1_813_536 + 11 * 7_680),
+    (CAVPT, dict(base="vpt"), 1_813_536 + 11 * 7_680),
 ])  # fmt: skip
 def test_parameter_counts_of_the_papers(method_class, options, count):
     assert count_without_classifier(method_class(wide_clip(32), ["cat"], **options)) == count
@@ -401,7 +399,7 @@ def test_every_learned_tensor_gets_a_gradient_and_clip_none(variant, clip):
         assert p.dtype == torch.float32 and p.grad is not None, name
         assert p.grad.any() or name == "cavpt.mlp.2.bias", name  # to which a softmax over classes is blind
     assert method.visual_prompts.grad.abs().sum(dim=-1).gt(0).all()
-    assert ("ctx" in learned(method)) == (variant != "cavpt template")
+    assert ("ctx" in learned(method)) == (variant != "cavpt on vpt")
 
 
 @every_variant
@@ -410,8 +408,8 @@ def test_groups_hold_every_learned_tensor_once_and_the_text_has_its_own_rate(var
     *text, rest = method.parameter_groups()
     held = [p for group in (*text, rest) for p in group["params"]]
     assert sorted(map(id, held)) == sorted(map(id, learned(method).values()))
-    assert rest.keys() == {"params"}
-    if variant == "cavpt template":
+    assert (rest["lr"], rest["warmup_epochs"]) == (0.01, 10)
+    if variant == "cavpt on vpt":
         assert not text and method.ctx is None
     else:
         assert text[0].pop("params")[0] is method.ctx
@@ -444,7 +442,7 @@ def test_training_lowers_the_loss(variant, clip):
 
 @pytest.mark.parametrize("variant, epoch, frozen", [
     ("vlp", 0, 1), ("vlp", 29, 1), ("vlp", 30, 0), ("dpt", 0, 1), ("dpt", 99, 1), ("dpt 1-12", 0, 1),
-    ("cavpt", 0, 1), ("cavpt", 99, 1), ("cavpt template", 0, 1),
+    ("cavpt", 0, 1), ("cavpt", 99, 1), ("cavpt on vpt", 0, 1),
 ])  # fmt: skip
 def test_a_loss_runs_the_frozen_image_tower_once_where_it_is_needed(variant, epoch, frozen, clip, monkeypatch):
     method, calls = make(variant, clip), counted(monkeypatch, clip, "encode_image")
@@ -492,16 +490,16 @@ def test_shapes(variant, clip):
 
 @every_variant
 def test_prompts_to_show_have_the_name(variant, clip):
-    prompts = make(variant, clip).prompts
+    prompts = make(variant, clip).prompt_texts
     assert len(prompts) == 5 and "shovel-nosed ray" in prompts[1]
-    assert ("a photo of a" in prompts[1]) == (variant == "cavpt template") != ("4" in prompts[1])
+    assert ("a photo of a" in prompts[1]) == (variant == "cavpt on vpt") != ("4" in prompts[1])
 
 
 def test_several_templates_make_the_zero_shot_classifier(clip):
     templates = ["a photo of a {}.", "{} texture."]
     for method_class in (VLP, DPT, CAVPT):
-        assert torch.equal(method_class(clip, NAMES, templates).w0, clip.classifier(NAMES, templates))
-    method = CAVPT(clip, NAMES, templates, text="template")
+        assert torch.equal(method_class(clip, NAMES, templates).zero_shot, clip.classifier(NAMES, templates))
+    method = CAVPT(clip, NAMES, templates, base="vpt")
     assert torch.equal(method.encode_text(), clip.classifier(NAMES, templates))
 
 
@@ -549,10 +547,19 @@ def test_bad_layers_are_refused_with_an_example(layers, clip):
         make("dpt", clip, cavpt_layers=layers)
 
 
-@pytest.mark.parametrize("options", [dict(text="picture"), dict(softmax_axis="rows")], ids=str)
+@pytest.mark.parametrize("options", [dict(base="picture"), dict(softmax_axis="rows")], ids=str)
 def test_bad_choices_of_version_1_list_the_good_ones(options, clip):
-    with pytest.raises(UserError, match="prompt or template, classes or keys"):
+    with pytest.raises(UserError, match="vlp or vpt, classes or keys"):
         make("cavpt", clip, **options)
+
+
+@pytest.mark.parametrize("variant, options, message", [
+    ("vlp", dict(n_ctx=-1), "n_ctx is -1"), ("dpt", dict(n_visual=-2), "n_visual -2"),
+    ("dpt", dict(k_n=-1), "k_n is -1"), ("cavpt", dict(k_n=-1), "k_n is -1"),
+])  # fmt: skip
+def test_negative_numbers_are_refused(variant, options, message, clip):
+    with pytest.raises(UserError, match=f"{message}.*0 or more"):
+        make(variant, clip, **options)
 
 
 # ---- Recipes ----
@@ -564,12 +571,12 @@ def test_train_py_has_the_methods():
 
 @pytest.mark.parametrize("method_class", [VLP, DPT])
 def test_recipes_of_the_paper(method_class):
-    recipe = resolved(method_class, "dtd", 16)
-    assert (recipe["lr"], recipe["warmup_epochs"], recipe["batch_size"]) == (0.01, 10, 32) and "options" not in recipe
+    recipe, options = train.resolve_recipe(method_class.recipe, {}, "dtd", 16)
+    assert (recipe["lr"], recipe["warmup_epochs"], recipe["batch_size"], options) == (0.01, 10, 32, {})
     assert [resolved(method_class, "dtd", shots)["epochs"] for shots in (1, 2, 4, 8, 16)] == [60, 100, 100, 100, 100]
     for shots in (1, 16):
-        imagenet = resolved(method_class, "imagenet", shots)
-        assert (imagenet["epochs"], imagenet["warmup_epochs"], imagenet["options"]) == (20, 1, dict(guide_epochs=10))
+        recipe, options = train.resolve_recipe(method_class.recipe, {}, "imagenet", shots)
+        assert (recipe["epochs"], recipe["warmup_epochs"], options) == (20, 1, dict(guide_epochs=10))
 
 
 @pytest.mark.parametrize("data_name", ["caltech101", "oxford_pets"])
@@ -581,22 +588,15 @@ def test_dpt_trains_shorter_on_caltech_and_pets_at_16_shots(data_name):
 
 def test_the_recipe_of_version_1_has_no_guidance():
     assert [resolved(CAVPT, "dtd", shots)["epochs"] for shots in (1, 2, 4, 8, 16)] == [50, 100, 100, 200, 200]
-    imagenet = resolved(CAVPT, "imagenet", 16)
-    assert (imagenet["epochs"], imagenet["warmup_epochs"]) == (50, 1) and "options" not in imagenet
+    imagenet, options = train.resolve_recipe(CAVPT.recipe, {}, "imagenet", 16)
+    assert (imagenet["epochs"], imagenet["warmup_epochs"], options) == (50, 1, {})
 
 
-@pytest.mark.parametrize("lr, expected", [(0.01, (0.002, 0.01)), (0.02, (0.004, 0.02))])
-def test_the_rate_of_the_text_scales_with_the_rate_given(lr, expected, clip, monkeypatch):
-    rates, warmups = [], []
-
-    class Spy(torch.optim.SGD):
-        def __init__(self, groups, **settings):
-            super().__init__(groups, **settings)
-            rates.extend(group["lr"] for group in self.param_groups)
-            warmups.extend(group.get("warmup_epochs") for group in self.param_groups)
-
-    monkeypatch.setattr(torch.optim, "SGD", Spy)
-    monkeypatch.setattr(train, "picture_loader", lambda *_, **__: [(picture(32, 2), torch.arange(2))])
-    recipe = resolved(DPT, "dtd", 16) | dict(lr=lr, epochs=1)
-    train.train(make("dpt", clip), SimpleNamespace(train=[("a.png", 0), ("b.png", 1)]), recipe, torch.device("cpu"), None, 0)
-    assert tuple(rates) == pytest.approx(expected) and warmups == [1, None]
+@pytest.mark.parametrize("flags, text, rest", [
+    ({}, (0.002, 1), (0.01, 10)), (dict(lr=0.02), (0.004, 1), (0.02, 10)),
+    (dict(warmup_epochs=3), (0.002, 3), (0.01, 3)),
+], ids=str)  # fmt: skip
+def test_the_rate_of_the_text_scales_with_the_rate_given_and_a_warm_up_given_is_for_all(flags, text, rest, clip):
+    recipe = train.override(resolved(DPT, "dtd", 16), flags)
+    groups = make("dpt", clip).parameter_groups(recipe)
+    assert [(group["lr"], group["warmup_epochs"]) for group in groups] == [pytest.approx(text), pytest.approx(rest)]

@@ -5,7 +5,6 @@ import functools
 import itertools
 import json
 import math
-from argparse import Namespace
 from dataclasses import replace
 from fractions import Fraction
 
@@ -13,7 +12,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import TINY, random_state_dict
-from PIL import Image
 from test_clip import assert_equal, picture
 from test_upt import counted, learned, literal_norm
 from torch import nn
@@ -29,17 +27,16 @@ NAMES = ["cat", "shovel-nosed_ray", "polka dotted", "St. John's Co.", "ox"]
 SIZES = TINY | dict(resolution=40, patch=8, vision_layers=4)  # 5 x 5 patches: 27 tokens with the prompt
 SHOTS = torch.tensor([2, 2, 0, 1, 4, 3, 0])  # labels of the few-shot pictures, not as many of each
 VIEWS = [picture(40, 7) + 0.3 * picture(40, 7, seed=seed) for seed in (2, 3, 4)]
-ROWS = torch.tensor([5, 0, 6])  # the pictures that a training batch shows, augmented once more
-IMAGES, LABELS = picture(40, 7)[ROWS] + 0.3 * picture(40, 3, seed=5), SHOTS[ROWS]
+PICKED = torch.tensor([5, 0, 6])  # the pictures that a training batch shows, augmented once more
+IMAGES, LABELS = picture(40, 7)[PICKED] + 0.3 * picture(40, 3, seed=5), SHOTS[PICKED]
 PARTS = ["fvp+tar", "fvp", "tar", "tip", "tip-f"]
 OPTIONS = [
-    dict(), dict(region="bbox"), dict(new_layer="light"), dict(share_adapters=False), dict(exclude_self=True),
+    dict(), dict(region="bbox"), dict(new_layer="light"), dict(share_adapters=False),
     dict(alpha=0.4, beta=0.9, lam=3.0), dict(beta=0.0),
-    dict(alpha=0.2, beta=0.1, lam=0.5, region="bbox", new_layer="light", share_adapters=False, exclude_self=True),
+    dict(alpha=0.2, beta=0.1, lam=0.5, region="bbox", new_layer="light", share_adapters=False),
     dict(parts="fvp"), dict(parts="fvp", beta=0.9, region="bbox", new_layer="light"),
-    dict(parts="tar"), dict(parts="tar", share_adapters=False, alpha=0.3, lam=2.0, exclude_self=True),
-    dict(parts="tip"), dict(parts="tip", lam=5.0, exclude_self=True),
-    dict(parts="tip-f"), dict(parts="tip-f", lam=5.0, exclude_self=True),
+    dict(parts="tar"), dict(parts="tar", share_adapters=False, alpha=0.3, lam=2.0),
+    dict(parts="tip"), dict(parts="tip", lam=5.0), dict(parts="tip-f"), dict(parts="tip-f", lam=5.0),
 ]  # fmt: skip
 
 
@@ -75,7 +72,7 @@ def trained(clip, **options):
 
 def train_step(method):
     optimizer = torch.optim.SGD(learned(method).values(), lr=0.01, weight_decay=0.01)
-    method.train().loss(IMAGES, LABELS, rows=ROWS).backward()
+    method.train().loss(IMAGES, LABELS).backward()
     optimizer.step()
 
 
@@ -213,9 +210,9 @@ def literal_adapted(linear, u):
     return unit(torch.where(h > 0, h, 0.2 * h))
 
 
-def literal_logits(method, cache, leave_out=None, parts="fvp+tar", alpha=0.05, beta=0.5, lam=1.0, region="component",
+def literal_logits(method, cache, parts="fvp+tar", alpha=0.05, beta=0.5, lam=1.0, region="component",
                    new_layer="copy", share_adapters=True, **_):
-    """cache: F and F_O; leave_out: each picture's own row, which is then taken out of them and of L."""
+    """cache: F and F_O."""
     clip, total = method.clip, []
     features = literal_features(method, IMAGES, region, heads=1 if new_layer == "light" else 2)
     w = clip.classifier(NAMES)
@@ -223,11 +220,10 @@ def literal_logits(method, cache, leave_out=None, parts="fvp+tar", alpha=0.05, b
         adapter = 0 if share_adapters else stream
         w_new = w + alpha * literal_adapted(method.p[adapter], w) if "tar" in parts else w
         rows = []
-        for i, f in enumerate(unit(features[stream])):
+        for f in unit(features[stream]):
             row = clip.logit_scale.exp() * w_new @ f
             if parts != "fvp":
-                kept = [j for j in range(len(SHOTS)) if leave_out is None or j != leave_out[i]]
-                keys, one_hot = cache[stream][kept], torch.eye(len(NAMES))[SHOTS[kept]]  # L
+                keys, one_hot = cache[stream], torch.eye(len(NAMES))[SHOTS]  # L
                 if "tar" in parts:
                     f, keys = (unit(u + literal_adapted(method.q[adapter], u)) for u in (f, keys))
                 row = row + lam * (-(1 - keys @ f)).exp() @ one_hot
@@ -283,9 +279,7 @@ def test_logits_loss_and_gradients_equal_a_literal_fgvpl(options, clip, literal_
     keys = [method.keys[0]] if options.get("parts") == "tip-f" else literal_keys[options.get("region", "component")]
     logits = literal_logits(method, keys, **options)
     assert_equal(method(IMAGES), logits, 1e-4)
-    if options.get("exclude_self"):
-        logits = literal_logits(method, keys, ROWS, **options)
-    literal, loss = F.cross_entropy(logits, LABELS), method.loss(IMAGES, LABELS, rows=ROWS)
+    literal, loss = F.cross_entropy(logits, LABELS), method.loss(IMAGES, LABELS)
     torch.testing.assert_close(loss, literal, rtol=1e-4, atol=1e-5)
     parameters = learned(method)
     if not parameters:
@@ -300,18 +294,18 @@ def test_logits_loss_and_gradients_equal_a_literal_fgvpl(options, clip, literal_
 def test_these_comparisons_see_the_object(clip):
     """It is a part of every picture, smaller than its box in some, and moves with the learned prompt."""
     method = trained(clip)
-    am, otsu, component = method.attention(IMAGES)
+    am, otsu, component = method.attention(IMAGES).values()
     assert am.shape == otsu.shape == component.shape == (3, 25)
     assert component.sum(dim=1).lt(25).all() and component.sum(dim=1).lt(otsu.sum(dim=1)).any()
     assert not torch.equal(object_patches(am, "bbox"), component)
-    assert_differs(am, prepared(clip).attention(IMAGES)[0])
+    assert_differs(am, prepared(clip).attention(IMAGES)["attention"])
 
 
 def test_what_attention_shows_is_what_the_forward_uses(clip, monkeypatch):
     method, used = trained(clip, region="bbox"), []
     monkeypatch.setattr(fgvpl, "object_patches", lambda *args: used.append(object_patches(*args)) or used[-1])
     method(IMAGES)
-    am, otsu, region = method.attention(IMAGES)
+    am, otsu, region = method.attention(IMAGES).values()
     assert torch.equal(region, used[0]) and torch.equal(otsu, above_otsu(am))
     assert torch.equal(region, object_patches(am, "bbox"))
 
@@ -319,7 +313,7 @@ def test_what_attention_shows_is_what_the_forward_uses(clip, monkeypatch):
 @pytest.mark.parametrize("parts", ["tar", "tip"])
 def test_without_the_object_branch_attention_is_clips(parts, clip):
     literal = torch.stack([literal_walk(clip, image)[2] for image in IMAGES])
-    assert_equal(prepared(clip, parts=parts).attention(IMAGES)[0], literal)
+    assert_equal(prepared(clip, parts=parts).attention(IMAGES)["attention"], literal)
 
 
 def test_the_prompt_goes_behind_the_patches_and_through_ln_pre(clip):
@@ -333,8 +327,8 @@ def test_the_prompt_goes_behind_the_patches_and_through_ln_pre(clip):
 
 def test_the_prompt_changes_both_features(clip):
     with torch.no_grad():
-        f, f_o = trained(clip).encode_image(IMAGES)
-        f_before, f_o_before = prepared(clip).encode_image(IMAGES)
+        f, f_o = trained(clip).encode_image_and_object(IMAGES)
+        f_before, f_o_before = prepared(clip).encode_image_and_object(IMAGES)
     assert not torch.allclose(f, f_before, rtol=1e-2) and not torch.allclose(f_o, f_o_before, rtol=1e-2)
     assert not torch.allclose(f_before, clip.encode_image(IMAGES), rtol=1e-2), "even zeros are a token"
 
@@ -344,7 +338,7 @@ def test_the_prompt_changes_both_features(clip):
 
 def test_rollout_is_the_class_row_of_the_full_product_whose_rows_sum_to_one(clip):
     method = trained(clip)
-    z, am = method.walk(method.embed(IMAGES))
+    z, am = method.run_blocks(method.embed(IMAGES))
     for i, image in enumerate(IMAGES):
         literal_z, product, literal_am = literal_walk(clip, image, method.x_fp)
         assert_equal(z[i], literal_z)
@@ -365,7 +359,7 @@ def test_rollout_uses_the_weights_of_the_forward_pass(clip, monkeypatch):
 
     monkeypatch.setattr(Attention, "forward", attend)
     monkeypatch.setattr(Block, "attention_weights", lambda self, x: rolled.append(weights(self, x)) or rolled[-1])
-    method.walk(method.embed(IMAGES))
+    method.run_blocks(method.embed(IMAGES))
     assert len(passed) == len(rolled) == 3, "one for each of the first L-1 layers"
     for one, other in zip(passed, reversed(rolled), strict=True):
         assert_equal(other, one)
@@ -373,7 +367,7 @@ def test_rollout_uses_the_weights_of_the_forward_pass(clip, monkeypatch):
 
 def test_no_gradient_flows_through_the_object(clip):
     method = trained(clip)
-    z, am = method.walk(method.embed(IMAGES))
+    z, am = method.run_blocks(method.embed(IMAGES))
     assert z.requires_grad and not am.requires_grad
 
 
@@ -385,7 +379,7 @@ def test_autograd_stores_no_map_of_all_tokens(parts, clip):
         return [shape for shape in shapes if sum(side in (25, 26, 27) for side in shape) > 1]
 
     with torch.autograd.graph.saved_tensors_hooks(lambda t: shapes.append(t.shape) or t, lambda t: t):
-        method.loss(IMAGES, LABELS, rows=ROWS).backward()
+        method.loss(IMAGES, LABELS).backward()
         assert len(shapes) > 50 and not maps()
         clip.visual.blocks[0].attention_weights(method.embed(IMAGES)).sum().backward()
         assert maps(), "this is how one would show"
@@ -396,7 +390,7 @@ def test_autograd_stores_no_map_of_all_tokens(parts, clip):
 
 def test_a_layer_with_hidden_keys_is_the_layer_on_the_tokens_left(clip):
     method = trained(clip)
-    z = method.walk(method.embed(IMAGES))[0]
+    z = method.run_blocks(method.embed(IMAGES))[0]
     for block, x in itertools.product((method.layer, trained(clip, new_layer="light").layer, clip.visual.blocks[0]),
                                       (z, 3 * z)):
         mask = torch.rand(3, 27, generator=torch.Generator().manual_seed(7)) < 0.4
@@ -406,12 +400,13 @@ def test_a_layer_with_hidden_keys_is_the_layer_on_the_tokens_left(clip):
         assert_equal(hidden, left)
 
 
-def test_the_object_of_all_patches_and_a_fresh_copy_give_the_image_feature(clip, monkeypatch):
-    method = prepared(clip)
+@pytest.mark.parametrize("kind", [dict(), dict(activation="gelu"), dict(vision_heads=1)], ids=str)
+def test_the_object_of_all_patches_and_a_fresh_copy_give_the_image_feature(kind, weights, monkeypatch):
+    method = prepared(CLIP.from_state_dict(weights, **kind))
     method.x_fp.data.normal_()
-    assert_differs(*method.encode_image(IMAGES))
+    assert_differs(*method.encode_image_and_object(IMAGES))
     monkeypatch.setattr(fgvpl, "object_patches", lambda am, region: torch.ones_like(am, dtype=torch.bool))
-    f, f_o = method.encode_image(IMAGES)
+    f, f_o = method.encode_image_and_object(IMAGES)
     assert_equal(f_o, f)
 
 
@@ -439,9 +434,9 @@ def test_without_prompt_adapters_cache_and_object_it_is_zero_shot_clip(clip, mon
     method, expected, forward = trained(clip, alpha=0.0, lam=0.0, beta=0.0), zero_shot(clip), Block.forward
     assert_differs(method(IMAGES), expected)
 
-    def without_prompt(self, x, mask=None, every=False):
+    def without_prompt(self, x, prompts=None, mask=None, all_tokens=False):
         seen = (torch.arange(27) < 26).expand(len(x), -1)
-        return forward(self, x, seen if mask is None else mask & seen, every)
+        return forward(self, x, prompts, seen if mask is None else mask & seen, all_tokens)
 
     monkeypatch.setattr(Block, "forward", without_prompt)
     assert_equal(method(IMAGES), expected)
@@ -666,24 +661,54 @@ def test_prepare_again_begins_anew(clip):
 
 @pytest.mark.parametrize("options", [dict(parts=parts) for parts in PARTS] + [
     dict(share_adapters=False), dict(new_layer="light")], ids=str)
-def test_a_state_dict_comes_back_after_reserve(options, clip):
+def test_what_was_learned_comes_back_with_the_cache(options, clip):
     method, other = trained(clip, **options), FGVPL(clip, NAMES, **options).eval()
-    state = {key: value for key, value in method.state_dict().items() if not key.startswith("clip.")}
-    assert state.keys() == learned(method).keys() | ({"keys", "labels"} if options.get("parts") != "fvp" else set())
-    other.reserve(7)
-    assert {key: value.shape for key, value in other.state_dict().items() if key in state} == {
-        key: value.shape for key, value in state.items()}
-    other.load_state_dict(state, strict=False)
+    tensors = {name: tensor.clone() for name, tensor in method.learned().items()}
+    assert tensors.keys() == learned(method).keys() | ({"keys", "labels"} if options.get("parts") != "fvp" else set())
+    other.load_learned(tensors)
     assert torch.equal(other(IMAGES), method(IMAGES)) and learned(other).keys() == learned(method).keys()
+    assert {name: tensor.dtype for name, tensor in other.learned().items()} == {
+        name: tensor.dtype for name, tensor in tensors.items()}
 
 
-def test_exclude_self_leaves_out_one_picture_in_the_training_loss_only(clip):
-    plain, excluding = (prepared(clip, parts="tip", lam=5.0, exclude_self=flag) for flag in (False, True))
-    assert torch.equal(plain(IMAGES), excluding(IMAGES))
-    torch.testing.assert_close(plain.loss(IMAGES, LABELS, rows=ROWS), plain.loss(IMAGES, LABELS))
-    gone = (plain(IMAGES) - excluding(IMAGES, rows=ROWS)) > 1e-3
-    assert torch.equal(gone, F.one_hot(LABELS, 5).bool())
-    assert float(excluding.loss(IMAGES, LABELS, rows=ROWS)) > float(plain.loss(IMAGES, LABELS, rows=ROWS))
+@pytest.mark.parametrize("parts", ["fvp+tar", "tip-f"])
+@pytest.mark.parametrize("keys, labels", [((1, 7, 64), (7,)), ((2, 7, 64), (6,)), ((2, 7, 32), (7,)), ((2, 7), (7,)),
+                                          ((3, 7, 64), (7,)), ((7, 64), ()), ((), (7, 1))], ids=str)
+def test_a_cache_of_a_wrong_shape_is_refused(parts, keys, labels, clip):
+    method = prepared(clip, parts=parts)
+    if parts == "tip-f" and keys == (1, 7, 64):
+        keys = (2, 7, 64)
+    tensors = method.learned() | dict(keys=torch.zeros(keys), labels=torch.zeros(labels, dtype=torch.long))
+    with pytest.raises(UserError, match="do not fit FGVPL"):
+        FGVPL(clip, NAMES, parts=parts).load_learned(tensors)
+
+
+def test_an_empty_cache_adds_nothing_and_comes_back(clip):
+    method = FGVPL(clip, NAMES, parts="tip", lam=5.0)
+    assert_equal(method(IMAGES), zero_shot(clip))
+    other = prepared(clip, parts="tip", lam=5.0)
+    other.load_learned(method.learned())
+    assert_equal(other(IMAGES), zero_shot(clip))
+
+
+@pytest.mark.parametrize("parts", ["fvp+tar", "tar", "tip", "tip-f"])
+def test_for_other_classes_the_cache_keeps_the_pictures_of_the_columns(parts, clip):
+    method = trained(clip, parts=parts)
+    with pytest.raises(UserError, match="cache.*parts=fvp"):
+        method.for_classes(["cat", "ox"])
+    before, keys = method(IMAGES).detach(), method.keys.detach().clone()
+    other = method.for_classes(["a hound", "a ray", "a cat"], [2, 1, 0])
+    kept = torch.tensor([0, 1, 2, 3, 6])  # those of 2, 2, 0, 1 and 0
+    assert torch.equal(other.keys, keys[:, kept]) and other.labels.tolist() == [0, 0, 2, 1, 2]
+    assert other.keys.requires_grad == (parts == "tip-f") and other.clip is method.clip
+    assert torch.equal(method(IMAGES), before) and torch.equal(method.keys, keys), "the original stays as it is"
+    same = method.for_classes([NAMES[c] for c in (2, 1, 0)], [2, 1, 0])
+    assert_equal(same(IMAGES), before[:, [2, 1, 0]])
+
+
+def test_without_a_cache_other_classes_need_no_columns(clip):
+    method = trained(clip, parts="fvp")
+    assert_equal(method.for_classes(NAMES[3:])(IMAGES), method(IMAGES)[:, 3:])
 
 
 # ---- What learns ----
@@ -728,9 +753,10 @@ COUNTS = [
 @pytest.mark.parametrize("options, count", COUNTS, ids=str)
 def test_parameter_counts_on_vit_b(options, count, vit_b):
     method = FGVPL(vit_b, NAMES, **options)
-    method.reserve(80)
+    if method.has_cache:
+        method.set_cache(torch.zeros(1 + method.has_object, 80, 512), torch.zeros(80, dtype=torch.long))
     assert sum(p.numel() for p in learned(method).values()) == count
-    assert all(f"{n:,}" in FGVPL.__doc__ for n in (7_613_952, 3_482_112, 525_312)) and "n x E" in FGVPL.__doc__
+    assert all(f"{n:,}" in FGVPL.__doc__ for n in (7_613_952, 3_482_112, 525_312)) and "n * E" in FGVPL.__doc__
 
 
 @pytest.mark.parametrize("options", [dict(), dict(new_layer="light"), dict(parts="tip-f")], ids=str)
@@ -748,11 +774,11 @@ def test_training_lowers_the_loss(options, clip):
 # ---- Edges ----
 
 
-@pytest.mark.parametrize("options", [dict(parts=parts) for parts in PARTS] + [dict(exclude_self=True)], ids=str)
+@pytest.mark.parametrize("options", [dict(parts=parts) for parts in PARTS], ids=str)
 def test_one_class_one_shot_one_picture(options, clip):
     method = FGVPL(clip, ["cat"], cache_views=1, **options)
     method.prepare(Batches([IMAGES[:1]], LABELS[:1] * 0))
-    loss = method.loss(IMAGES[:1], LABELS[:1] * 0, rows=torch.tensor([0]))
+    loss = method.loss(IMAGES[:1], LABELS[:1] * 0)
     assert method(IMAGES[:1]).shape == (1, 1) and float(loss.detach()) == 0
     if learned(method):
         loss.backward()
@@ -760,13 +786,13 @@ def test_one_class_one_shot_one_picture(options, clip):
 
 @pytest.mark.parametrize("value", [0.0, 0.04, math.nan])
 def test_maps_without_contrast_make_the_whole_picture_the_object(value, clip, monkeypatch):
-    monkeypatch.setattr(FGVPL, "rollout", lambda self, inputs, z: torch.full((len(z), 25), value))
+    monkeypatch.setattr(FGVPL, "rollout", lambda self, inputs: torch.full((len(inputs[0]), 25), value))
     method = prepared(clip)
-    f, f_o = method.encode_image(IMAGES)
+    f, f_o = method.encode_image_and_object(IMAGES)
     assert_equal(f_o, f)
     clip_alone = FGVPL(clip, NAMES, parts="tip")
-    z = clip_alone.walk(clip_alone.embed(VIEWS[0]))[0]
-    patches = clip.visual.blocks[-1](z, every=True)[:, 1:].mean(dim=1, keepdim=True)
+    z = clip_alone.run_blocks(clip_alone.embed(VIEWS[0]))[0]
+    patches = clip.visual.blocks[-1](z, all_tokens=True)[:, 1:].mean(dim=1, keepdim=True)
     assert_equal(method.cache_features(VIEWS[0])[1], clip.visual.project(patches))
     train_step(method)
     assert method(IMAGES).isfinite().all() and all(p.isfinite().all() for p in learned(method).values())
@@ -779,17 +805,17 @@ def test_a_picture_of_one_colour_works(clip):
     assert method(images).isfinite().all() and all(p.grad.isfinite().all() for p in learned(method).values())
 
 
-@pytest.mark.parametrize("options", [dict(), dict(parts="tip-f", exclude_self=True)], ids=str)
+@pytest.mark.parametrize("options", [dict(), dict(parts="tip-f")], ids=str)
 def test_it_runs_on_another_device(options, clip):
     """No forward, no loss, no cache makes a tensor on the CPU."""
     method = copy.deepcopy(trained(clip, **options)).to("meta")
-    images, labels, rows = (x.to("meta") for x in (IMAGES, LABELS, ROWS))
+    images, labels = (x.to("meta") for x in (IMAGES, LABELS))
     method.prepare(Batches([view.to("meta") for view in VIEWS], SHOTS.to("meta")))
-    loss = method.loss(images, labels, rows=rows)
+    loss = method.loss(images, labels)
     if learned(method):
         loss.backward()
     assert method.encode_text().device.type == method(images).device.type == loss.device.type == "meta"
-    assert all(part.device.type == "meta" for part in method.attention(images))
+    assert all(part.device.type == "meta" for part in method.attention(images).values())
     assert all(tensor.device.type == "meta" for tensor in method.state_dict().values())
 
 
@@ -803,7 +829,7 @@ def test_half_precision_towers_leave_adapters_logits_and_keys_in_full(options, c
     with torch.autocast("cpu", torch.bfloat16):
         assert clip.encode_image(IMAGES).dtype == torch.bfloat16
         text, logits = method.encode_text(), method(IMAGES)
-        loss = method.loss(IMAGES, LABELS, rows=ROWS)
+        loss = method.loss(IMAGES, LABELS)
         loss.backward()
         method.prepare(Batches())
     assert bool(dtypes) == method.has_adapters and set(dtypes) <= {torch.float32}
@@ -821,12 +847,12 @@ def test_half_precision_towers_leave_adapters_logits_and_keys_in_full(options, c
 @pytest.mark.parametrize("options", [dict(parts=parts) for parts in PARTS], ids=str)
 def test_shapes(options, clip):
     method = prepared(clip, **options)
-    image, text = method.features(IMAGES)
-    assert image.shape == (3, 64) and text.shape == method.encode_text().shape == (5, 64)
+    image, text = method.encode_image(IMAGES), method.encode_text()
+    assert image.shape == (3, 64) and text.shape == (5, 64)
     assert method(IMAGES).shape == method(IMAGES, text).shape == (3, 5)
     assert method.loss(IMAGES, LABELS).shape == method.loss(IMAGES, LABELS, epoch=3).shape == ()
-    assert [x.shape for x in method.attention(IMAGES)] == [(3, 25)] * 3
-    assert_equal(method.encode_image(IMAGES)[0], image)
+    assert [x.shape for x in method.attention(IMAGES).values()] == [(3, 25)] * 3
+    assert_equal(method.encode_image_and_object(IMAGES)[0], image)
 
 
 def test_the_loss_is_cross_entropy(clip):
@@ -865,13 +891,13 @@ def test_a_method_can_be_copied_after_use(clip):
 
 
 def test_prompts_to_show_have_the_name(clip):
-    assert FGVPL(clip, NAMES, ("{} texture.",)).prompts[1] == "shovel-nosed ray texture."
+    assert FGVPL(clip, NAMES, ("{} texture.",)).prompt_texts[1] == "shovel-nosed ray texture."
 
 
 BAD = [
     (dict(parts="tar+fvp"), r"tar\+fvp.*fvp\+tar, fvp, tar, tip or tip-f"), (dict(parts=""), "choose fvp"),
     (dict(region="contour"), "contour.*component or bbox"), (dict(new_layer="random"), "random.*copy or light"),
-    (dict(cache_views=0), "cache_views 0.*1 or more"), (dict(cache_views=-1), "cache_views -1.*1 or more"),
+    (dict(cache_views=0), "cache_views is 0.*1 or more"), (dict(cache_views=-1), "cache_views is -1.*1 or more"),
 ]  # fmt: skip
 
 
@@ -895,189 +921,76 @@ EPOCHS = [
 @pytest.mark.parametrize("options, dtd, imagenet, eurosat", EPOCHS, ids=str)
 @pytest.mark.parametrize("shots", [0, 1, 16])
 def test_the_recipe_is_the_papers(options, dtd, imagenet, eurosat, shots):
-    flags = Namespace(epochs=None, lr=None, warmup_epochs=None, batch_size=None)
     names = ("dtd", "imagenet", "eurosat")
-    recipes = [train.resolve_recipe(FGVPL.recipe, options, name, shots, flags) for name in names]
+    recipes, of_data = zip(*(train.resolve_recipe(FGVPL.recipe, options, name, shots) for name in names), strict=True)
+    assert of_data == ({}, {}, {})
     assert [recipe["epochs"] for recipe in recipes] == [dtd, imagenet, eurosat]
     assert [list(recipe.get("templates", [])) for recipe in recipes] == [[], SEVEN, []]
     for recipe in recipes:
         assert (recipe["optimizer"], recipe["lr"], recipe["cosine"]) == ("adamw", 0.001, "steps")
         assert (recipe["batch_size"], recipe["drop_last"], recipe["warmup_epochs"]) == (256, False, 0)
-        assert recipe["crop_scale"] == (0.5, 1.0)
+        assert (recipe["eps"], recipe["weight_decay"], recipe["crop_scale"]) == (1e-4, 0.01, (0.5, 1.0))
 
 
 def test_seven_templates_are_averaged_as_unit_features(clip):
-    w0 = FGVPL(clip, NAMES, fgvpl.SEVEN).w0
-    assert_equal(w0, unit(sum(clip.classifier(NAMES, [template]) for template in SEVEN)))
+    mean = unit(sum(clip.classifier(NAMES, [template]) for template in SEVEN))
+    assert_equal(FGVPL(clip, NAMES, fgvpl.SEVEN).zero_shot, mean)
 
 
-class Greys(nn.Module):
-    """Stands for FG-VPL in train.py: it notes what comes. Every picture has a grey of its own, by which it is known."""
+class FewShot:
+    """Stands for data.Batches in train.train: three batches an epoch."""
 
-    recipe, has_cache, cache_views, notes = FGVPL.recipe, True, 2, {}
+    def __len__(self):
+        return 3
 
-    def __init__(self, clip, classnames, templates):
-        super().__init__()
-        self.clip, self.prompts, self.a = clip, list(classnames), nn.Parameter(torch.zeros(()))
-        Greys.notes = dict(order=[], labels=[], batches=[], reserved=None)
-
-    def reserve(self, n):
-        self.notes["reserved"] = n
-
-    def grey(self, images):
-        return (images[:, 0].mean(dim=(1, 2)) * clip_min.STD[0] + clip_min.MEAN[0]).mul(255).round().int().tolist()
-
-    def prepare(self, batches):
-        for images, labels in batches:
-            self.notes["order"] += self.grey(images)
-            self.notes["labels"] += labels.tolist()
-
-    def encode_text(self):
-        return self.a
-
-    def forward(self, images, text=None):
-        return images.mean(dim=(2, 3))[:, :2] + self.a
-
-    def loss(self, images, labels, epoch=0, rows=None):
-        self.notes["batches"].append((epoch, self.grey(images), labels.tolist(), rows.tolist()))
-        return (self.a - 1) ** 2
+    def epoch(self, number):
+        return iter([(IMAGES[:2], LABELS[:2])] * 3)
 
 
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    """greys/: seven training pictures of two classes; weights.pt; data/ for the drawn shapes. Tests only read them."""
-    folder = tmp_path_factory.mktemp("world")
-    for part, label, number in itertools.product(("train", "test"), range(2), range(4)):
-        if (part, label, number) != ("train", 1, 3):
-            place = folder / "greys" / part / "ab"[label]
-            place.mkdir(parents=True, exist_ok=True)
-            Image.new("RGB", (36, 36), (20 + 100 * label + 20 * number,) * 3).save(place / f"{number}.png")
-    torch.save(random_state_dict(**SIZES), folder / "weights.pt")
-    return folder
-
-
-@pytest.fixture
-def start(world, tmp_path):
-    """train.main with these flags on the grey pictures and the small CLIP; flags given come last."""
-    usual = ["--data", world / "greys", "--backbone", world / "weights.pt", "--shots", 0, "--device", "cpu",
-             "--root", world / "data", "--out", tmp_path / "runs"]
-    return lambda *flags: train.main([str(flag) for flag in (*usual, *flags)])
-
-
-@pytest.fixture
-def adamw(monkeypatch):
-    """-> the settings of the optimiser that train.py makes, and under "rates" the rate of every step."""
-    notes = {"rates": []}
+def test_the_rate_follows_one_cosine_over_all_steps(clip, monkeypatch):
+    settings, rates = {}, []
 
     class Spy(torch.optim.AdamW):
-        def __init__(self, groups, **settings):
-            super().__init__(groups, **settings)
-            notes.update(settings)
+        def __init__(self, groups, **constants):
+            super().__init__(groups, **constants)
+            settings.update(constants)
 
         def step(self, *args, **kwargs):
-            notes["rates"].append(self.param_groups[0]["lr"])
+            rates.append(self.param_groups[0]["lr"])
             return super().step(*args, **kwargs)
 
     monkeypatch.setattr(torch.optim, "AdamW", Spy)
-    return notes
-
-
-def test_the_loss_is_told_each_pictures_row_in_the_cache_and_no_batch_is_dropped(start, monkeypatch):
-    monkeypatch.setitem(train.METHODS, "fgvpl", Greys)
-    crops, augment = [], data.augment
-    monkeypatch.setattr(data, "augment", lambda size, scale: crops.append(scale) or augment(size, scale))
-    assert start("--method", "fgvpl", "--epochs", 2, "--batch-size", 3) == 0
-    notes = Greys.notes
-    assert crops == [(0.5, 1.0)] * 2, "the cache's and the training's"
-    assert notes["reserved"] == 7 and sorted(notes["order"]) == [20, 40, 60, 80, 120, 140, 160]
-    assert notes["labels"] == [int(grey >= 120) for grey in notes["order"]]
-    assert [(epoch, len(greys)) for epoch, greys, _, _ in notes["batches"]] == [
-        (epoch, size) for epoch in range(2) for size in (3, 3, 1)]
-    for _, greys, labels, rows in notes["batches"]:
-        assert greys == [notes["order"][row] for row in rows] and labels == [notes["labels"][row] for row in rows]
-    assert sorted(row for _, _, _, rows in notes["batches"][:3] for row in rows) == list(range(7))
-
-
-def test_the_rate_follows_one_cosine_over_all_steps(start, monkeypatch, adamw):
-    monkeypatch.setitem(train.METHODS, "fgvpl", Greys)
-    assert start("--method", "fgvpl", "--epochs", 4, "--batch-size", 3) == 0
+    recipe, _ = train.resolve_recipe(FGVPL.recipe, {}, "dtd", 16)
+    machine = train.Machine(torch.device("cpu"), None, 0)
+    train.train(prepared(clip, parts="tar"), FewShot(), recipe | dict(epochs=4), machine)
     expected = [0.001 / 2 * (1 + math.cos(math.pi * t / 12)) for t in range(12)]  # 4 epochs of 3 steps
-    assert adamw["rates"] == pytest.approx(expected, rel=1e-9)
-    assert (adamw["lr"], adamw["eps"], adamw["weight_decay"]) == (0.001, 1e-4, 0.01)
+    assert rates == pytest.approx(expected, rel=1e-9) and settings == dict(eps=1e-4, weight_decay=0.01)
 
 
 # ---- Runs ----
-
-
-def saved_run(tmp_path, method="fgvpl", shots=1):
-    return tmp_path / "runs" / "shapes" / method / f"tiny_{shots}shot_seed1"
 
 
 @pytest.mark.parametrize("options, tensors", [
     (dict(), {"x_fp", "layer", "p", "q", "keys", "labels"}), (dict(parts="tip-f"), {"keys", "labels"}),
     (dict(parts="tip"), {"keys", "labels"}),
 ], ids=lambda value: value.get("parts", "all") if isinstance(value, dict) else "")
-def test_a_run_comes_back_with_the_same_accuracy(options, tensors, start, tmp_path, monkeypatch, capsys):
-    judged, evaluate, load = [], train.evaluate, data.load
+def test_a_run_comes_back_with_its_cache(options, tensors, tmp_path, monkeypatch):
+    judged, sizes, evaluate, load, loss = [], [], train.evaluate, data.load, FGVPL.loss
     monkeypatch.setattr(train, "evaluate", lambda method, *rest: judged.append(method) or evaluate(method, *rest))
     monkeypatch.setattr(data, "load", lambda *args: replace(b := load(*args), test=b.test[::6]))  # to save time
+    monkeypatch.setattr(FGVPL, "loss", lambda self, x, *rest: sizes.append(len(x)) or loss(self, x, *rest))
     pairs = [f"{key}={value}" for key, value in options.items()]
-    assert start("--data", "shapes", "--backbone", "tiny", "--method", "fgvpl", "--shots", 1, "--lr", 0.01,
-                 *(["--epochs", 2] if options.get("parts") != "tip" else []), "--set", "cache_views=2", *pairs) == 0
-    result = json.loads((saved_run(tmp_path) / "result.json").read_text())
-    saved = torch.load(saved_run(tmp_path) / "prompts.pt", weights_only=True)
+    flags = ["--epochs", "2", "--batch-size", "5"] if options.get("parts") != "tip" else []
+    assert train.main(["--method", "fgvpl", "--shots", "1", "--device", "cpu", *flags, "--root", str(tmp_path),
+                       "--out", str(tmp_path / "runs"), "--set", "cache_views=2", *pairs]) == 0
+    assert sizes == ([5, 5, 2] * 2 if flags else []), "no batch is dropped"
+    (prompts,) = tmp_path.glob("runs/shapes/*/tiny_1shot_seed1/prompts.pt")
+    saved, result = torch.load(prompts, weights_only=True), json.loads(prompts.with_name("result.json").read_text())
     assert {name.split(".")[0] for name in saved["tensors"]} == tensors  # CLIP's own are not in it
-    assert result["options"] == dict(cache_views=2) | options and result["train_images"] == 12
+    assert saved["options"] == result["options"] and result["train_images"] == 12
+    assert (dict(cache_views=2) | options).items() <= result["options"].items()
     assert (result["trainable_parameters"] == 0) == (result["epochs"] == 0) == (options.get("parts") == "tip")
-    capsys.readouterr()
-    assert start("--data", "shapes", "--backbone", "tiny", "--load", saved_run(tmp_path)) == 0
-    assert f"accuracy  {result['accuracy']:.2f} %" in capsys.readouterr().out
-    _, trained_one, loaded = judged
-    images = picture(loaded.clip.visual.resolution, 4)
-    assert torch.equal(trained_one(images), loaded(images))
+    loaded, images = train.load_run(prompts.parent, "cpu"), picture(judged[1].clip.visual.resolution, 4)
+    assert torch.equal(judged[1](images), loaded(images))
     fresh = FGVPL(loaded.clip, saved["classnames"], saved["templates"], **saved["options"]).eval()
     assert not torch.equal(fresh(images), loaded(images))
-
-
-def one_line_and_status_2(capsys, *flags):
-    """-> the error's sentence."""
-    assert train.main([str(flag) for flag in flags]) == 2
-    lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 1 and lines[0].startswith("error: ")
-    return lines[0]
-
-
-def test_attention_writes_a_picture(start, tmp_path, world, capsys):
-    assert start("--method", "fgvpl", "--epochs", 1, "--set", "cache_views=1") == 0
-    run = tmp_path / "runs" / "greys" / "fgvpl" / "weights_0shot_seed1"
-    colour = (250, 120, 60)  # all over the picture, so that a panel shows its map
-    Image.new("RGB", (50, 30), colour).save(tmp_path / "plain.png")
-    assert start("--load", run, "--attention", tmp_path / "plain.png") == 0
-    assert f"{run / 'attention_plain.png'}" in (out := capsys.readouterr().out)
-    sheet = Image.open(run / "attention_plain.png")
-    assert sheet.format == "PNG" and sheet.mode == "RGB" and sheet.size == (4 * 336 + 3 * 8, 336)
-    args = dict(load=run, method=None, precision="auto", device="cpu", data=None, root=tmp_path, backbone=None)
-    method = train.restore(Namespace(**args))[0]
-    am, otsu, region = method.attention(clip_min.preprocess(40)(Image.new("RGB", (40, 40), colour)).unsqueeze(0))
-    am = (am - am.min()) / (am.max() - am.min())
-    assert 0 < int(region.sum()) < 25 and f"({int(region.sum())} of 25 patches)" in out
-    # Otsu's mask is bare, in the others the picture shines through.
-    for panel, light in enumerate((torch.ones(1, 25), 0.1 + 0.9 * am, otsu.float(), 0.2 + 0.8 * region)):
-        middle = [(panel * 344 + int(67.2 * (i % 5) + 33), int(67.2 * (i // 5) + 33)) for i in range(25)]
-        shown = torch.tensor([sheet.getpixel(place) for place in middle]).float()
-        expected = light[0].unsqueeze(1) * torch.tensor((255, 255, 255) if panel == 2 else colour)
-        torch.testing.assert_close(shown, expected, rtol=0, atol=1.5)
-    message = one_line_and_status_2(capsys, "--load", run, "--attention", tmp_path / "none.png", "--device", "cpu")
-    assert "none.png" in message
-    (tmp_path / "text.png").write_text("no picture")
-    assert "text.png" in one_line_and_status_2(capsys, "--load", run, "--attention", tmp_path / "text.png")
-
-
-def test_attention_needs_a_run_of_fgvpl(start, tmp_path, capsys):
-    Image.new("RGB", (32, 32)).save(tmp_path / "grey.png")
-    assert start("--epochs", 1) == 0  # CoOp
-    capsys.readouterr()
-    assert "--load" in one_line_and_status_2(capsys, "--attention", tmp_path / "grey.png")
-    run = tmp_path / "runs" / "greys" / "coop" / "weights_0shot_seed1"
-    message = one_line_and_status_2(capsys, "--load", run, "--attention", tmp_path / "grey.png", "--device", "cpu")
-    assert "CoOp" in message and "fgvpl" in message

@@ -2,18 +2,25 @@
 
 import copy
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import TINY, random_clip, random_state_dict
 from test_clip import assert_equal, picture, plain_block
-from torch.utils.data import DataLoader, TensorDataset
 
 import train
-from clip_min import CLIP, TextTransformer, UserError, VisionTransformer, tokenize
+from clip_min import (
+    CLIP,
+    Method,
+    TextTransformer,
+    UserError,
+    VisionTransformer,
+    tokenize,
+)
 from coop import CoOp
-from upt import UPT, inter_class_variance, intra_class_variance
+from upt import UPT, inter_class_variance, intra_class_variance, variances
 from vpt import VPT
 
 NAMES = ["cat", "shovel-nosed_ray", "polka dotted", "St. John's Co.", "ox"]  # of different lengths, one ends in a dot
@@ -24,6 +31,7 @@ DEPTHS = [
     dict(depth_text=1), dict(depth_visual=1), dict(depth_text=2, depth_visual=3), dict(depth_text=4, depth_visual=2),
 ]  # fmt: skip
 LABELS = torch.tensor([0, 2, 1, 2])
+CPU = train.Machine(torch.device("cpu"), None, 0)
 
 
 # ---- Helpers ----
@@ -73,21 +81,21 @@ def literal_theta(method, mode, preset, u):
     if mode == "mlp":
         return literal_ffn(method.ffn, u)
     if preset == "released":
-        alone = torch.cat([literal_attention(method.attention, token.unsqueeze(0)) for token in u])
+        alone = torch.cat([literal_attention(method.self_attention, token.unsqueeze(0)) for token in u])
         h = literal_norm(method.ln_1, u + alone)
         return h + literal_ffn(method.ffn, literal_norm(method.ln_2, h))
-    u_prime = literal_attention(method.attention, u) + literal_norm(method.ln_1, u)
+    u_prime = literal_attention(method.self_attention, u) + literal_norm(method.ln_1, u)
     return literal_ffn(method.ffn, literal_norm(method.ln_2, u_prime)) + literal_norm(method.ln_2, u_prime)
 
 
-def literal_prompts(method, mode="attention", preset="paper", n_text=4, text_scale=1.0, **_):
-    """-> two lists, layer by layer: (n_text, Dt) and (n_visual, D)."""
+def literal_prompts(method, mode="attention", preset="paper", n_ctx=4, text_scale=1.0, **_):
+    """-> two lists, layer by layer: (n_ctx, Dt) and (n_visual, D)."""
     if mode == "joint":
         return [text_scale * t for t in method.ctx], list(method.visual_prompts)
     text, visual = [], []
     for u in method.unified:
         u = literal_theta(method, mode, preset, u)
-        u_text, u_visual = (u, u) if mode == "shared" else (u[:n_text], u[n_text:])
+        u_text, u_visual = (u, u) if mode == "shared" else (u[:n_ctx], u[n_ctx:])
         text.append(text_scale * u_text)
         visual.append(u_visual @ method.to_visual.weight.T + method.to_visual.bias)
     return text, visual
@@ -162,9 +170,9 @@ def untouched_copy(method, clip, options):
 def moved(method, layer, token):
     """The prompts of both towers before and after one token of one layer changed."""
     with torch.no_grad():
-        before = method.unify()
+        before = method.tower_prompts()
         method.unified[layer, token] += torch.linspace(-1, 1, method.unified.shape[-1])
-        return *before, *method.unify()
+        return *before, *method.tower_prompts()
 
 
 def counted(monkeypatch, owner, name):
@@ -172,6 +180,18 @@ def counted(monkeypatch, owner, name):
     calls, original = [], getattr(owner, name)
     monkeypatch.setattr(owner, name, lambda *args, **kwargs: calls.append(1) or original(*args, **kwargs))
     return calls
+
+
+class Batches:
+    """Test pictures in batches of two, as data.plain_batches gives them."""
+
+    def __init__(self, images, labels):
+        self.images, self.labels, self.walks = images, labels, 0
+        self.pictures = SimpleNamespace(items=[("", label) for label in labels.tolist()])
+
+    def __iter__(self):
+        self.walks += 1
+        return zip(self.images.split(2), self.labels.split(2), strict=True)
 
 
 @pytest.fixture(scope="module")
@@ -205,9 +225,9 @@ def tall():
 @pytest.mark.parametrize("heads", [1, 4])
 def test_equation_5_line_by_line(heads, clip):
     method = trained(clip, heads=heads)
-    text, visual = method.unify()
+    text, visual = method.tower_prompts()
     for layer, u in enumerate(method.unified):
-        u_prime = literal_attention(method.attention, u) + literal_norm(method.ln_1, u)
+        u_prime = literal_attention(method.self_attention, u) + literal_norm(method.ln_1, u)
         u_hat = literal_ffn(method.ffn, literal_norm(method.ln_2, u_prime)) + literal_norm(method.ln_2, u_prime)
         assert_equal(text[layer], u_hat[:4])
         assert_equal(visual[layer], u_hat[4:] @ method.to_visual.weight.T + method.to_visual.bias)
@@ -215,10 +235,11 @@ def test_equation_5_line_by_line(heads, clip):
 
 def test_the_released_block_line_by_line(clip):
     method = trained(clip, preset="released")
-    text, visual = method.unify()
+    text, visual = method.tower_prompts()
     u, d = method.unified[0], method.unified.shape[-1]
-    value = u @ method.attention.in_proj_weight[2 * d :].T + method.attention.in_proj_bias[2 * d :]  # all of its weight
-    h = literal_norm(method.ln_1, u + method.attention.out_proj(value))
+    sa = method.self_attention
+    value = u @ sa.in_proj_weight[2 * d :].T + sa.in_proj_bias[2 * d :]  # a token alone has all of the attention
+    h = literal_norm(method.ln_1, u + sa.out_proj(value))
     u_hat = h + literal_ffn(method.ffn, literal_norm(method.ln_2, h))
     assert_equal(text[0], u_hat[:4])
     assert_equal(visual[0], u_hat[4:] @ method.to_visual.weight.T + method.to_visual.bias)
@@ -229,8 +250,8 @@ def test_prompts_without_gradients_are_the_same(options, clip):
     """PyTorch computes MultiheadAttention in another way then."""
     method = trained(clip, **options)
     with torch.no_grad():
-        without = method.unify()
-    for ours, theirs in zip(without, method.unify(), strict=True):
+        without = method.tower_prompts()
+    for ours, theirs in zip(without, method.tower_prompts(), strict=True):
         assert_equal(ours, theirs)
 
 
@@ -239,7 +260,7 @@ def test_logits_and_gradients_equal_a_literal_upt(options, clip):
     assert_same_as_literal(clip, **options)
 
 
-@pytest.mark.parametrize("options", [dict(n_text=2, n_visual=5), dict(heads=2), dict(text_scale=0.05)], ids=str)
+@pytest.mark.parametrize("options", [dict(n_ctx=2, n_visual=5), dict(heads=2), dict(text_scale=0.05)], ids=str)
 def test_logits_and_gradients_equal_a_literal_upt_with_other_options(options, clip):
     assert_same_as_literal(clip, **options)
 
@@ -263,7 +284,7 @@ def test_behind_the_last_layer_with_its_own_prompts_they_travel_on(mode, options
 def test_every_layer_of_both_towers_gets_prompts_of_its_own(mode, tall):
     method = UPT(tall, NAMES, mode=mode)
     assert (method.depth_text, method.depth_visual) == (1 if mode == "joint" else 4, 3)
-    text, visual = method.unify()
+    text, visual = method.tower_prompts()
     assert len(text) >= method.depth_text and len(visual) >= method.depth_visual
 
 
@@ -301,7 +322,7 @@ def test_mlp_works_token_by_token(clip):
 
 def test_shared_gives_both_towers_the_same_tokens(clip):
     method = trained(clip, mode="shared")
-    text, visual = method.unify()
+    text, visual = method.tower_prompts()
     assert torch.equal(text, method.unified)
     assert_equal(visual, method.to_visual(text))
 
@@ -309,11 +330,11 @@ def test_shared_gives_both_towers_the_same_tokens(clip):
 @pytest.mark.parametrize("mode", MODES)
 def test_released_has_one_set_in_front_of_ln_pre_that_travels_on(mode, tall):
     method, images = trained(tall, mode=mode, preset="released"), picture(32, 3)
-    text, visual = method.unify()
+    text, visual = method.tower_prompts()
     assert len(text) == len(visual) == method.depth_text == method.depth_visual == 1
-    vpt = VPT(tall, NAMES, n_ctx=4, deep=False, before_ln_pre=True)
+    vpt = VPT(tall, NAMES, n_visual=4, deep=False, before_ln_pre=True)
     vpt.visual_prompts.data = visual.detach()
-    assert_equal(method.encode_image(images, visual), vpt.encode_image(images))
+    assert_equal(method.encode_image(images), vpt.encode_image(images))
     coop = CoOp(tall, NAMES, n_ctx=4)
     coop.ctx.data = text[0].detach()
     assert_equal(method.encode_text(), coop.encode_text())
@@ -323,11 +344,11 @@ def test_released_has_one_set_in_front_of_ln_pre_that_travels_on(mode, tall):
 
 
 def test_joint_is_coop_and_vpt_side_by_side(clip):
-    joint, coop, vpt = trained(clip, mode="joint"), CoOp(clip, NAMES, n_ctx=4), VPT(clip, NAMES, n_ctx=4)
+    joint, coop, vpt = trained(clip, mode="joint"), CoOp(clip, NAMES, n_ctx=4), VPT(clip, NAMES, n_visual=4)
     coop.ctx.data, vpt.visual_prompts.data = joint.ctx.data[0].clone(), joint.visual_prompts.data.clone()
     images, text = picture(32, 4), coop.encode_text()
     assert_equal(joint.encode_text(), text)
-    assert_equal(joint.encode_image(images, joint.unify()[1]), vpt.encode_image(images))
+    assert_equal(joint.encode_image(images), vpt.encode_image(images))
     assert_equal(joint(images), vpt(images, text))
     ours = torch.autograd.grad(joint.loss(images, LABELS), [joint.ctx, joint.visual_prompts])
     theirs = torch.autograd.grad(F.cross_entropy(vpt(images, text), LABELS), [coop.ctx, vpt.visual_prompts])
@@ -361,7 +382,7 @@ def test_unified_prompts_begin_small_and_follow_the_seed(vit_b):
 
 @pytest.mark.parametrize("options", ALL, ids=str)
 def test_text_scale_multiplies_the_text_prompts_only(options, clip):
-    (text, visual), (small, same) = (trained(clip, text_scale=s, **options).unify() for s in (1.0, 0.05))
+    (text, visual), (small, same) = (trained(clip, text_scale=s, **options).tower_prompts() for s in (1.0, 0.05))
     assert_equal(small, 0.05 * text, 1e-6)
     assert torch.equal(same, visual)
 
@@ -381,25 +402,36 @@ def test_text_scale_changes_the_classifier_and_still_learns(clip):
 @pytest.mark.parametrize("options", ALL, ids=str)
 def test_theta_runs_once_per_training_step(options, clip, monkeypatch):
     method = UPT(clip, NAMES, **options)
-    calls = counted(monkeypatch, method, "unify")
+    calls = counted(monkeypatch, method, "tower_prompts")
     for steps in (1, 2):
         method.loss(picture(32, 4), LABELS).backward()
         assert len(calls) == steps
 
 
+def test_both_towers_see_the_same_dropout(clip, monkeypatch):
+    method, seen = UPT(clip, NAMES).train(), []
+    monkeypatch.setattr(method, "encode_text_with", lambda prompts: seen.append(prompts) or torch.ones(5, 64))
+    monkeypatch.setattr(method, "encode_image_with", lambda prompts, images: seen.append(prompts) or torch.ones(4, 64))
+    torch.manual_seed(1)
+    method(picture(32, 4))
+    torch.manual_seed(1)
+    for ours, theirs in zip(seen, method.tower_prompts(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
 @pytest.mark.parametrize("options", ALL, ids=str)
-def test_theta_runs_once_per_evaluation(options, clip, monkeypatch):
+def test_an_evaluation_encodes_the_text_once(options, clip, monkeypatch):
     method = UPT(clip, NAMES, **options)
-    theta, text = counted(monkeypatch, method, "unify"), counted(monkeypatch, method, "encode_text")
-    loader = DataLoader(TensorDataset(picture(32, 6), torch.zeros(6, dtype=torch.long)), batch_size=2)
-    train.evaluate(method, loader, torch.device("cpu"), None)
-    assert len(theta) == len(text) == 1
+    text = counted(monkeypatch, method, "encode_text_with")
+    batches = Batches(picture(32, 6), torch.zeros(6, dtype=torch.long))
+    train.evaluate(method, batches, CPU)
+    assert len(text) == 1 and batches.walks == 1
 
 
 def test_text_given_is_used_and_not_encoded_again(clip, monkeypatch):
     method, images = trained(clip), picture(32, 3)
     text, logits = method.encode_text(), method(images)
-    calls = counted(monkeypatch, method, "encode_prompts")
+    calls = counted(monkeypatch, method, "encode_text_with")
     assert torch.equal(method(images, text), logits) and not calls
     assert_equal(method(images, text.flip(0)), logits.flip(1))
     assert not calls and torch.equal(method(images), logits) and len(calls) == 1
@@ -447,15 +479,15 @@ def test_dropout_in_training_only(preset, clip):
 @pytest.mark.parametrize("preset, branches", [("paper", 0), ("released", 2)])
 def test_dropout_acts_on_attention_ffn_and_in_released_on_both_branches(preset, branches, clip, monkeypatch):
     method = trained(clip, preset=preset).train()
-    assert method.attention.dropout == method.ffn[2].p == method.dropout.p == 0.1
+    assert method.self_attention.dropout == method.ffn[2].p == method.dropout.p == 0.1
     calls = counted(monkeypatch, method.dropout, "forward")
-    method.unify()
+    method.tower_prompts()
     assert len(calls) == branches
-    method.attention.dropout = method.ffn[2].p = method.dropout.p = 0.0
-    for owner, name in ((method.attention, "dropout"), (method.ffn[2], "p")):
-        without = method.unify()[0]
+    method.self_attention.dropout = method.ffn[2].p = method.dropout.p = 0.0
+    for owner, name in ((method.self_attention, "dropout"), (method.ffn[2], "p")):
+        without = method.tower_prompts()[0]
         setattr(owner, name, 0.5)
-        assert not torch.allclose(method.unify()[0], without)
+        assert not torch.allclose(method.tower_prompts()[0], without)
         setattr(owner, name, 0.0)
 
 
@@ -560,12 +592,19 @@ def test_variances_do_not_depend_on_the_lengths_of_features():
     torch.testing.assert_close(inter_class_variance(other), inter_class_variance(features))
 
 
-def test_variances_are_those_of_the_methods_features(clip):
-    method, labels = trained(clip), torch.tensor([0, 0, 1, 1])
-    images, text = (x.detach() for x in method.features(picture(32, 4)))
-    assert_equal(text, method.encode_text())
-    assert_equal(clip.logits(images, text), method(picture(32, 4)))
-    assert 0 < float(intra_class_variance(images, labels)) < 1 and 0 < float(inter_class_variance(text)) < 1
+@pytest.mark.parametrize("bf16", [False, True])
+@torch.no_grad()
+def test_variances_are_those_of_the_methods_features(bf16, clip):
+    method, labels, images = trained(clip).train(), torch.tensor([0, 0, 1, 1]), picture(32, 4)
+    ours = variances(method, Batches(images, labels), torch.autocast("cpu", torch.bfloat16, enabled=bf16))
+    assert not method.training, "without dropout"
+    expected = dict(image_within_classes=float(intra_class_variance(method.encode_image(images), labels)),
+                    text_between_classes=float(inter_class_variance(method.encode_text())))
+    assert ours == pytest.approx(expected, rel=0.1 if bf16 else 1e-5) and min(ours.values()) > 0
+    zero_shot = variances(Method(clip, NAMES), Batches(images, labels), torch.autocast("cpu", enabled=False))
+    of_images = intra_class_variance(clip.encode_image(images), labels)
+    assert zero_shot["image_within_classes"] == pytest.approx(float(of_images))
+    assert zero_shot["text_between_classes"] == pytest.approx(float(inter_class_variance(clip.classifier(NAMES))))
 
 
 # ---- The interface ----
@@ -618,18 +657,27 @@ def test_use_leaves_the_state_dict_as_it_was(mode, clip):
 
 
 def test_prompts_to_show_have_the_name_and_the_number_of_vectors(clip):
-    prompts = UPT(clip, NAMES, n_text=3).prompts
+    prompts = UPT(clip, NAMES, n_ctx=3).prompt_texts
     assert len(prompts) == 5 and "3" in prompts[0] and prompts[1].endswith("shovel-nosed ray.")
+
+
+def test_the_recipe_is_the_papers():
+    recipe, options = train.resolve_recipe(UPT.recipe, {}, "dtd", 16)
+    assert (recipe["optimizer"], recipe["lr"], recipe["warmup_epochs"], recipe["batch_size"]) == ("sgd", 0.002, 1, 32)
+    assert (recipe["momentum"], recipe["weight_decay"], recipe["crop_scale"]) == (0.9, 5e-4, (0.08, 1.0))
+    epochs = [train.resolve_recipe(UPT.recipe, {}, "dtd", shots)[0]["epochs"] for shots in (1, 2, 4, 8, 16)]
+    assert epochs == [50, 100, 100, 200, 200] and options == {}
+    assert train.resolve_recipe(UPT.recipe, {}, "imagenet", 16)[0]["epochs"] == 50
 
 
 BAD = [
     (dict(mode="both"), "both.*attention, mlp, shared or joint"),
     (dict(preset="official"), "official.*paper or released"),
-    (dict(mode="shared", n_text=4, n_visual=8), "n_text is 4 and n_visual 8.*equal if mode=shared"),
+    (dict(mode="shared", n_ctx=4, n_visual=8), "n_ctx is 4 and n_visual 8.*equal if mode=shared"),
     (dict(n_visual=0), "n_visual 0.*1 or more"), (dict(heads=3), "heads is 3"), (dict(dropout=1.5), "dropout 1.5"),
     (dict(depth_text=0), "depth_text is 0.*1 to 2"), (dict(depth_text=3), "depth_text is 3.*1 to 2"),
     (dict(depth_visual=-1), "depth_visual -1.*1 to 2"), (dict(depth_visual=3), "depth_visual 3.*1 to 2"),
-    (dict(n_text=80), "tokens long.*shorten"),
+    (dict(n_ctx=80), "tokens long.*shorten"),
 ]  # fmt: skip
 
 

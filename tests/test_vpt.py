@@ -1,6 +1,5 @@
 """What vpt.py promises: learned tokens beside the patches, exactly as a slow reading of the papers puts them there."""
 
-import argparse
 import copy
 import functools
 
@@ -12,12 +11,12 @@ from test_clip import assert_equal, picture, plain_block
 from test_coop import NAMES, train_step
 
 import train
+from clip_min import UserError
 from vpt import VPT
 
 KINDS = [
     dict(), dict(deep=False), dict(before_ln_pre=True), dict(deep=False, before_ln_pre=True),
 ]  # fmt: skip
-NO_FLAGS = argparse.Namespace(epochs=None, lr=None, warmup_epochs=None, batch_size=None)
 
 
 # ---- Helpers ----
@@ -71,13 +70,18 @@ def before_ln_pre(method, images):
 
 def literal_logits(method, images, literal):
     features = torch.stack([literal(method, image) for image in images])
-    return method.clip.logit_scale.exp() * F.normalize(features, dim=-1) @ method.text.T
+    return method.clip.logit_scale.exp() * F.normalize(features, dim=-1) @ method.zero_shot.T
 
 
 def run_recorded(method, call):
-    """call() -> what it returned, and the input (B, tokens, D) of every run of the first image block."""
+    """-> what call() returned, and what each run of the first image block looks at, prompts last: (B, tokens, D)."""
     inputs = []
-    hook = method.clip.visual.blocks[0].register_forward_pre_hook(lambda _, given: inputs.append(given[0]))
+
+    def record(block, given):
+        x, *prompts = given
+        inputs.append(torch.cat([x, *(p.expand(len(x), -1, -1) for p in prompts)], dim=1))
+
+    hook = method.clip.visual.blocks[0].register_forward_pre_hook(record)
     result = call()
     hook.remove()
     return result, inputs
@@ -96,13 +100,13 @@ def learned(method):
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 def test_no_prompts_are_zero_shot_clip(kind, clip):
-    method, images = VPT(clip, NAMES, n_ctx=0, **kind), picture(32, 3)
+    method, images = VPT(clip, NAMES, n_visual=0, **kind), picture(32, 3)
     assert_equal(method(images), clip.logits(clip.encode_image(images), clip.classifier(NAMES)))
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 def test_the_order_of_the_prompts_does_not_matter(kind, clip):
-    method, images = strong(VPT(clip, NAMES, n_ctx=5, **kind)), picture(32, 3)
+    method, images = strong(VPT(clip, NAMES, n_visual=5, **kind)), picture(32, 3)
     before = method(images)
     method.visual_prompts.data = method.visual_prompts.data[:, [3, 0, 4, 1, 2]]
     assert_equal(method(images), before)
@@ -110,7 +114,7 @@ def test_the_order_of_the_prompts_does_not_matter(kind, clip):
 
 @pytest.mark.parametrize("deep, literal", [(True, literal_deep), (False, literal_shallow)], ids=["deep", "shallow"])
 def test_logits_losses_and_gradients_equal_the_equations(deep, literal, clip):
-    method, images, labels = strong(VPT(clip, NAMES, n_ctx=5, deep=deep)), picture(32, 3), torch.tensor([0, 3, 4])
+    method, images, labels = strong(VPT(clip, NAMES, n_visual=5, deep=deep)), picture(32, 3), torch.tensor([0, 3, 4])
     expected = literal_logits(method, images, literal)
     assert_equal(method(images), expected)
     loss, expected_loss = method.loss(images, labels), F.cross_entropy(expected, labels)
@@ -134,7 +138,7 @@ def test_prompts_of_every_layer_are_read(layer, clip):
 
 @pytest.mark.parametrize("deep", [True, False])
 def test_prompts_before_ln_pre_enter_the_first_block_as_if_it_saw_them_beside_the_patches(deep, clip):
-    method, images = strong(VPT(clip, NAMES, n_ctx=5, deep=deep, before_ln_pre=True)), picture(32, 3)
+    method, images = strong(VPT(clip, NAMES, n_visual=5, deep=deep, before_ln_pre=True)), picture(32, 3)
     _, [ours] = run_recorded(method, lambda: method(images))
     expected = before_ln_pre(method, images)
     assert_equal(ours, expected)
@@ -143,7 +147,7 @@ def test_prompts_before_ln_pre_enter_the_first_block_as_if_it_saw_them_beside_th
 
 
 def test_shallow_prompts_before_ln_pre_equal_the_literal_insertion_in_logits_and_gradients(clip):
-    method, images = strong(VPT(clip, NAMES, n_ctx=5, deep=False, before_ln_pre=True)), picture(32, 3)
+    method, images = strong(VPT(clip, NAMES, n_visual=5, deep=False, before_ln_pre=True)), picture(32, 3)
     x = before_ln_pre(method, images)
     for block in clip.visual.blocks:
         x = plain_block(block, x)
@@ -153,11 +157,18 @@ def test_shallow_prompts_before_ln_pre_equal_the_literal_insertion_in_logits_and
     assert_equal(ours, theirs, relative=1e-4)
 
 
+@pytest.mark.parametrize("deep", [True, False])
+def test_before_ln_pre_normalises_the_first_set_alone(deep, clip):
+    before, behind = (strong(VPT(clip, NAMES, n_visual=5, deep=deep, before_ln_pre=flag)) for flag in (True, False))
+    behind.visual_prompts.data[0] = clip.visual.ln_pre(before.visual_prompts[0])
+    assert_equal(before(picture(32, 3)), behind(picture(32, 3)))
+
+
 def test_random_prompts_follow_the_seed_and_have_the_papers_scale(clip):
     torch.manual_seed(1)
-    one = VPT(clip, NAMES, n_ctx=50).visual_prompts.detach()
+    one = VPT(clip, NAMES, n_visual=50).visual_prompts.detach()
     torch.manual_seed(1)
-    assert torch.equal(one, VPT(clip, NAMES, n_ctx=50).visual_prompts)
+    assert torch.equal(one, VPT(clip, NAMES, n_visual=50).visual_prompts)
     assert float(one.std()) == pytest.approx(0.02, rel=0.05) and abs(float(one.mean())) < 1e-3
 
 
@@ -176,7 +187,8 @@ def test_only_the_prompts_learn_and_all_of_them_get_a_gradient(kind, clip):
 
 @pytest.mark.parametrize("patch", [16, 32])
 @pytest.mark.parametrize("options, count", [
-    (dict(), 92_160), (dict(n_ctx=120), 1_105_920), (dict(n_ctx=4), 768 * 4 * 12), (dict(n_ctx=4, deep=False), 768 * 4),
+    (dict(), 92_160), (dict(n_visual=120), 1_105_920), (dict(n_visual=4), 768 * 4 * 12),
+    (dict(n_visual=4, deep=False), 768 * 4),
 ], ids=str)  # fmt: skip
 def test_parameter_counts_of_the_papers(options, count, patch):
     assert sum(p.numel() for p in learned(VPT(wide_clip(patch), ["cat"], **options)).values()) == count
@@ -213,14 +225,14 @@ def test_encode_text_is_the_classifier_of_the_templates(clip):
 
 def test_the_image_tower_runs_once_and_never_without_prompts(clip, monkeypatch):
     monkeypatch.setattr(clip, "encode_image", lambda _: pytest.fail("the frozen image tower is run"))
-    method, images = VPT(clip, NAMES, n_ctx=5), picture(32, 2)
+    method, images = VPT(clip, NAMES, n_visual=5), picture(32, 2)
     for call in (lambda: method(images), lambda: method.loss(images, torch.arange(2))):
         assert [x.shape[1] for x in run_recorded(method, call)[1]] == [1 + 4 + 5]
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 def test_shapes(kind, clip):
-    method, images = VPT(clip, NAMES, n_ctx=5, **kind), picture(32, 3)
+    method, images = VPT(clip, NAMES, n_visual=5, **kind), picture(32, 3)
     assert method.visual_prompts.shape == (3 if kind.get("deep", True) else 1, 5, 128)
     assert method.encode_text().shape == (5, 64) and method.encode_image(images).shape == (3, 64)
     assert method(images).shape == (3, 5) and method(images, method.encode_text()[:4]).shape == (3, 4)
@@ -234,7 +246,7 @@ def test_one_class_is_enough(clip):
 
 
 def test_prompts_to_show_have_the_name_and_the_template(clip):
-    assert VPT(clip, ["polka_dotted"], ["{} texture.", "{}"]).prompts == ["polka dotted texture."]
+    assert VPT(clip, ["polka_dotted"], ["{} texture.", "{}"]).prompt_texts == ["polka dotted texture."]
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)
@@ -248,9 +260,15 @@ def test_it_runs_on_the_meta_device(kind, clip):
 
 def test_train_py_has_it_with_the_recipe_of_the_paper():
     assert train.METHODS["vpt"] is VPT
-    recipe = train.resolve_recipe(VPT.recipe, {}, "dtd", 16, NO_FLAGS)
+    recipe, options = train.resolve_recipe(VPT.recipe, {}, "dtd", 16)
     assert (recipe["lr"], recipe["warmup_epochs"], recipe["batch_size"], recipe["epochs"]) == (0.01, 10, 32, 200)
-    epochs = [train.resolve_recipe(VPT.recipe, {}, "dtd", shots, NO_FLAGS)["epochs"] for shots in (1, 2, 4)]
+    assert (recipe["optimizer"], recipe["momentum"], recipe["weight_decay"], options) == ("sgd", 0.9, 5e-4, {})
+    epochs = [train.resolve_recipe(VPT.recipe, {}, "dtd", shots)[0]["epochs"] for shots in (1, 2, 4)]
     assert epochs == [50, 100, 100]
-    imagenet = train.resolve_recipe(VPT.recipe, {}, "imagenet", 16, NO_FLAGS)
+    imagenet, _ = train.resolve_recipe(VPT.recipe, {}, "imagenet", 16)
     assert (imagenet["epochs"], imagenet["warmup_epochs"], imagenet["lr"]) == (50, 1, 0.01)
+
+
+def test_a_negative_number_of_prompts_is_refused(clip):
+    with pytest.raises(UserError, match="n_visual is -1.*0 or more"):
+        VPT(clip, NAMES, n_visual=-1)

@@ -1,5 +1,6 @@
 """The embedded world: drawn the same anywhere, a fair stand-in for a benchmark, unseen by the tiny CLIP's training."""
 
+import hashlib
 import itertools
 import random
 
@@ -9,7 +10,7 @@ from make_tiny_clip import scenes_and_pictures
 
 import data
 import train
-from clip_min import ASSETS, load_clip, preprocess
+from clip_min import ASSETS, Method, load_clip, preprocess
 
 
 @pytest.fixture(scope="module")
@@ -23,8 +24,9 @@ def files(folder):
 
 def zero_shot(root, name):
     clip, bench = load_clip("tiny"), data.load(name, root)
-    loader = train.picture_loader(bench, bench.test, preprocess(40), 100, torch.device("cpu"), None)
-    return train.evaluate(train.ZeroShot(clip, bench.classnames, bench.templates), loader, torch.device("cpu"), None)
+    machine = train.Machine(torch.device("cpu"), dtype=None, workers=0)
+    batches = data.plain_batches(bench.test, clip, machine.device, machine.workers)
+    return train.evaluate(Method(clip, bench.classnames, bench.templates), batches, machine).accuracy
 
 
 @pytest.mark.parametrize("name", data.WORLD)
@@ -33,6 +35,14 @@ def test_every_world_has_a_few_shot_and_a_full_test_set(root, name):
     assert len(bench.classnames) == 12 and len(bench.train) == 12 * 16 and len(bench.test) >= 500
     assert data.read(bench.test[0][0]).size == (data.SIDE, data.SIDE)
     assert not bench.own and bench.name == name
+
+
+def test_the_drawings_are_those_that_the_tables_were_measured_on(root):
+    """A digest of the test pictures of `shapes`; their pixels, since another zlib packs a PNG otherwise."""
+    bench, digest = data.load("shapes", root, shots=0), hashlib.sha256()
+    for path, _ in bench.test:
+        digest.update(data.read(path).tobytes())
+    assert digest.hexdigest() == "8f9f25bc57f6eccddbf7f29f3bf72c0433d5a97b3dcc61f931c25ca7005ae9a0"
 
 
 def test_drawing_again_gives_the_same_pictures(tmp_path):
@@ -77,14 +87,12 @@ def test_the_tiny_clip_is_small_and_read_as_openais_files_are():
 def test_random_tokens_do_not_disturb_the_tiny_clip(root):
     """Half of its training steps had some: without them ten cost it 15 to 27 points."""
     clip, bench = load_clip("tiny"), data.load("shapes_tint", root)
-    images = torch.stack([data.Pictures(bench.test, preprocess(40))[i][0] for i in range(0, 600, 3)])
+    images = torch.stack([data.Pictures(bench.test, preprocess(40))[i, None][0] for i in range(0, 600, 3)])
     labels = torch.tensor([label for _, label in bench.test[::3]])
     generator = torch.Generator().manual_seed(1)
     x = clip.visual.embed(images)
-    n = x.shape[1]
     for block in clip.visual.blocks:
-        tokens = 0.02 * torch.randn(1, 10, x.shape[-1], generator=generator)
-        x = block(torch.cat([x[:, :n], tokens.expand(len(x), -1, -1)], dim=1))
+        x = block(x, 0.02 * torch.randn(10, x.shape[-1], generator=generator))
     classifier = clip.classifier(bench.classnames)
     plain, disturbed = (100 * (clip.logits(z, classifier).argmax(dim=-1) == labels).float().mean()
                         for z in (clip.encode_image(images), clip.visual.project(x)))
