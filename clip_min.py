@@ -420,7 +420,11 @@ class Method(nn.Module):
         """-> (K, E), the classifier. It does not depend on the image, so an evaluation computes it once."""
         return self.zero_shot
 
-    def encode_image(self, images, text):
+    def contexts(self):
+        """-> the learned vectors in front of the text tower's first layer, (M, D) or (K, M, D); None if there are none."""
+        return None
+
+    def encode_image(self, images, text=None):
         """images (B, 3, R, R), text (K, E) from encode_text for methods whose image side reads it -> (B, E)."""
         return self.clip.encode_image(images)
 
@@ -441,9 +445,12 @@ class Method(nn.Module):
                   if name in learned]
         return [*groups, dict(params=[*learned.values()], lr=recipe["lr"], warmup_epochs=recipe["warmup_epochs"])]
 
-    def prepare(self, batches):
-        """Look at the few-shot pictures before training, for a cache. batches: (images, labels), in the same order at
-        each walk through it, augmented anew."""
+    def prepare(self, batches, val=()):
+        """Look at the few-shot pictures before training, for a cache.
+
+        batches: (images, labels), in the same order at each walk through it, augmented anew. val: the same of the
+        validation pictures as they are; without a batch where the data set has none.
+        """
 
     def learned(self):
         """-> {name: tensor}, all that sets this method apart from a new one, a cache included: prompts.pt holds it."""

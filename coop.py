@@ -82,6 +82,10 @@ class CoOp(Method):
         self.suffix = nn.Buffer(words[:, 1 + self.n_ctx :], persistent=False)  # (K, L-1-M, D)
         self.eot = nn.Buffer(eot - self.n_shared, persistent=False)  # (K,), counted behind the shared tokens
 
+    def contexts(self):
+        """-> (M, D), or (K, M, D) with csc."""
+        return self.ctx
+
     def encode_text(self):
         """-> (K, E), not normalised."""
         ctx = self.ctx.expand(len(self.sos), -1, -1)  # (K, M, D)

@@ -100,20 +100,11 @@ class Benchmark:
         return path[len(str(self.folder)) + 1 :]
 
     def fingerprints(self):
-        """-> {path in the folder: sha256} of the training pictures, by which a finished run remembers them."""
-        return {self.relative(path): file_digest(Path(path), "sha256") for path, _ in self.train}
+        """-> {path in the folder: sha256} of the training pictures, by which a finished run remembers them.
 
-    def without_trained(self, fingerprints, same_folder):
-        """-> the Benchmark without those test pictures that the run with these fingerprints was trained on.
-
-        A picture is recognised by its content and, if the run was trained on this same folder, also by its path.
+        Benchmarks have a fixed division: their pictures, a million on ImageNet, are not read for it.
         """
-        paths, contents = fingerprints if same_folder else {}, set(fingerprints.values())
-        test = [(path, label) for path, label in self.test
-                if self.relative(path) not in paths and file_digest(Path(path), "sha256") not in contents]
-        if not test:
-            raise UserError(f"the run was trained on all {len(self.test)} test pictures of {self.name}: test others")
-        return replace(self, test=test)
+        return {self.relative(path): file_digest(Path(path), "sha256") if self.own else "" for path, _ in self.train}
 
 
 def load(name_or_folder, root="data", shots=16, seed=1, whole=False):
@@ -209,6 +200,25 @@ def require_same_classes(bench, targets):
                             f"{shortened(differing) or 'order'}: give --eval-on shifted data of the same classes")
 
 
+def without_trained(bench, trained, trained_folder):
+    """-> the Benchmark without those test pictures that a run was trained on; a warning tells how many.
+
+    trained: the run's Benchmark.fingerprints(). A picture is recognised by its content and, in the folder that the run
+    was trained on, also by its path. Benchmarks have a fixed division and stay as they are.
+    """
+    if not bench.own or not trained:
+        return bench
+    paths, contents = trained if bench.folder == Path(trained_folder) else {}, set(trained.values())
+    test = [(path, label) for path, label in bench.test
+            if bench.relative(path) not in paths and file_digest(Path(path), "sha256") not in contents]
+    if not test:
+        raise UserError(f"the run was trained on all {len(bench.test)} test pictures of {bench.folder}: test others")
+    if len(test) < len(bench.test):
+        warn(f"{len(bench.test) - len(test)} of {len(bench.test)} test pictures of {bench.folder} are left out: the run "
+             "was trained on them")
+    return replace(bench, test=test)
+
+
 def shortened(names):
     """-> "a, b, c, d, e and 317 more"."""
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
@@ -237,14 +247,15 @@ def published(run, data_name):
 
     A row of published.csv fits if the run has its options, and if the user changed nothing else.
     """
-    shots = "0" if run.method == "zeroshot" else str(run.shots)
-    values, found = {key: spell(value) for key, value in (run.options | run.recipe).items()}, []
+    if run.data_path:
+        return []
+    wanted = [run.method, run.backbone, "0" if run.method == "zeroshot" else str(run.shots), data_name]
+    values, changed, found = run.options | run.recipe, run.changed.keys() - {"precision"}, []
     with (ASSETS / "published.csv").open(newline="") as file:
         for row in csv.DictReader(file):
             options = dict(pair.split("=", 1) for pair in row["options"].split(";") if pair)
-            settings = row["method"], row["backbone"], row["shots"], row["dataset"]
-            if (not run.data_path and settings == (run.method, run.backbone, shots, data_name)
-                    and options.items() <= values.items() and run.changed.keys() - {"precision"} <= options.keys()):
+            same_run = [row[key] for key in ("method", "backbone", "shots", "dataset")] == wanted
+            if same_run and changed <= options.keys() and all(spell(values[k]) == v for k, v in options.items()):
                 found.append((float(row["accuracy"]), f"{row['paper']}, {row['table']}"))
     return found
 
@@ -605,8 +616,10 @@ class Batches:
 
 
 def few_shot_batches(bench, clip, recipe, seed, device, workers):
-    """The training pictures, augmented; decoded once if they fit into memory."""
-    pictures = Pictures(bench.train, augment(clip.visual.resolution, recipe["crop_scale"]), bench.own)
+    """The training pictures, augmented as the recipe says; decoded once if they fit into memory."""
+    resolution, scale = clip.visual.resolution, recipe["crop_scale"]
+    transform = augment(resolution, scale) if scale else preprocess(resolution)  # no scale: as CLIP sees them
+    pictures = Pictures(bench.train, transform, bench.own)
     pictures.decode_all()
     return Batches(pictures, recipe["batch_size"], device, workers, seed, recipe.get("drop_last", True))
 

@@ -73,6 +73,10 @@ class VLP(Method):
         shared, own, eot = self.clip.embed_prompts(self.classnames, self.n_ctx)
         self.shared, self.own, self.eot = (nn.Buffer(x, persistent=False) for x in (shared, own, eot))
 
+    def contexts(self):
+        """-> (M, Dt)."""
+        return self.ctx
+
     def encode_text(self):
         """-> W (K, E), not normalised."""
         m, text = self.n_ctx, self.clip.text  # the context stands behind the start token

@@ -160,7 +160,7 @@ class FGVPL(Method):
         self.labels = nn.Buffer(labels)
 
     @torch.no_grad()
-    def prepare(self, batches):
+    def prepare(self, batches, val=()):
         """Build the cache: walk through batches of (images, labels) cache_views times, see Method."""
         if not self.has_cache:
             return

@@ -393,6 +393,7 @@ def evaluate_on(run, name, root):
     _, path = data.identify(name)
     is_new = path not in ("", run.saved["data_path"])  # then all pictures of its class folders are tested
     target = data.load(name, root, shots=0, whole=is_new)
+    target = data.without_trained(target, run.saved["train"], run.saved["data_path"])
     evaluation = train.evaluate_on(run.method, target, run.saved["class_ids"], run.machine)
     papers = [] if target.own else data.published(settings_of(run.saved), target.name)
     print(f"{target.name:13} {evaluation.accuracy:.2f} % of {len(target.test)} test pictures{train.quoted(papers)}")

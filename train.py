@@ -22,14 +22,15 @@ import os
 import sys
 import tempfile
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
 import data
-from clip_min import Method, UserError, load_clip
+from baselines import CLIPAdapter, CoCoOp, LinearProbe, ProDA, ProGrad
+from clip_min import OPENAI_MODELS, Method, UserError, dashes, load_clip
 from coop import CoOp
 from dpt import CAVPT, DPT, VLP
 from fgvpl import FGVPL
@@ -37,7 +38,8 @@ from upt import UPT, variances
 from vpt import VPT
 
 METHODS = {"zeroshot": Method, "coop": CoOp, "vpt": VPT, "vlp": VLP, "cavpt": CAVPT, "dpt": DPT, "upt": UPT,
-           "fgvpl": FGVPL}
+           "fgvpl": FGVPL, "cocoop": CoCoOp, "prograd": ProGrad, "proda": ProDA, "clip_adapter": CLIPAdapter,
+           "linear_probe": LinearProbe}
 WORLD_EPOCHS = 50  # on the drawn data sets the recipes are the papers' but for this, so that a run takes seconds
 
 
@@ -53,6 +55,7 @@ class Settings:
     backbone_path: str  # of a weights file, else ""
     shots: int  # per class, 0: all
     seed: int
+    activation: str  # of the backbone's MLPs, "gelu" or "quickgelu"
     precision: str
     recipe: dict  # for this data set, these shots and options, with the user's flags
     changed: dict  # what the user changed of options and recipe, spelled as in assets/published.csv
@@ -99,12 +102,15 @@ def run(settings, args, machine):
         print(f"finished      {folder} (--again repeats it)")
         return
     bench = data.load(settings.data_path or settings.data, args.root, settings.shots, settings.seed)
-    targets = [data.load(name, args.root, shots=0) for name in args.eval_on]
+    trained = bench.fingerprints() if recipe else {}
+    targets = [data.load(name, args.root, shots=0, whole=True) for name in args.eval_on]
     data.require_same_classes(bench, targets)
+    targets = [data.without_trained(target, trained, bench.folder) for target in targets]
     if recipe and not bench.train:
         raise UserError(f"{bench.name} has test pictures only: train on other data, with --eval-on {bench.name}.")
     make_folder(folder.parent)  # now, so that a place that cannot be written to does not cost a training
-    clip = load_clip(settings.backbone_path or settings.backbone, machine.device)
+    clip = load_clip(settings.backbone_path or settings.backbone, machine.device, settings.activation or None)
+    settings = replace(settings, activation=clip.activation)
     templates = recipe.get("templates", bench.templates)
     torch.manual_seed(settings.seed)  # initial prompts and dropout; pictures have random streams of their own
     method = METHODS[settings.method](clip, bench.classnames, templates, **settings.options).to(machine.device)
@@ -118,8 +124,9 @@ def run(settings, args, machine):
     began, losses, trainable = time.time(), [], 0
     if recipe:
         few_shot = data.few_shot_batches(bench, clip, recipe, settings.seed, machine.device, machine.workers)
+        val = data.plain_batches(bench.val, clip, machine.device, machine.workers, bench.own)
         with machine.autocast():
-            method.prepare(few_shot)
+            method.prepare(few_shot, val)
         trainable = sum(p.numel() for p in method.parameters() if p.requires_grad)  # a cache may be learned, too
         print(f"learning    {trainable:,} numbers")
         losses = train(method, few_shot, recipe, machine) if trainable else []
@@ -135,16 +142,17 @@ def run(settings, args, machine):
         print(f"variance    {variance}")
     shifts = {}
     for target in targets:
-        shifts[target.name] = evaluate_on(method, target, bench.class_ids, machine).accuracy
-        print(f"{target.name:11} {shifts[target.name]:.2f} % of {len(target.test)} test pictures"
-              f"{quoted(data.published(settings, target.name))}")
+        name = str(target.folder) if target.own else target.name
+        shifts[name] = evaluate_on(method, target, bench.class_ids, machine).accuracy
+        papers_of_shift = [] if target.own else data.published(settings, name)
+        print(f"{name:11} {shifts[name]:.2f} % of {len(target.test)} test pictures{quoted(papers_of_shift)}")
     if shifts:
         print(f"average     {(after.accuracy + sum(shifts.values())) / (1 + len(shifts)):.2f} % with {bench.name}, "
               f"{sum(shifts.values()) / len(shifts):.2f} % of the shifted alone (OOD average)")
 
     paper, source = papers[0] if papers else (None, None)
     device = torch.cuda.get_device_name(machine.device) if machine.device.type == "cuda" else machine.device.type
-    save_run(folder, settings, bench, method, after, asdict(settings) | dict(
+    save_run(folder, settings, bench, trained, method, after, asdict(settings) | dict(
         classes=len(bench.classnames), train_images=len(bench.train), test_images=len(bench.test),
         zero_shot=before.accuracy, accuracy=after.accuracy, published=paper, published_source=source, shifts=shifts,
         variance=variance, trainable_parameters=trainable, seconds_training=seconds_training,
@@ -158,7 +166,7 @@ def print_settings(settings, bench, machine, method):
     print(f"method      {settings.method}{''.join(f', {key} {value}' for key, value in settings.changed.items())}")
     print(f"data        {bench.name}: {len(bench.classnames)} classes, {len(bench.train)} training pictures "
           f"({settings.shots or 'all'} per class, seed {settings.seed}), {len(bench.test)} test pictures")
-    print(f"backbone    {settings.backbone} on {machine.device.type}, {machine.dtype or torch.float32}")
+    print(f"backbone    {settings.backbone} with {settings.activation} on {machine.device.type}, {machine.dtype or torch.float32}")
     print(f"recipe      {', '.join(f'{key} {value}' for key, value in recipe.items()) or 'nothing to train'}")
     print(f"prompts     {' | '.join(method.prompt_texts[:3])}")
 
@@ -263,9 +271,11 @@ def parse_arguments(argv):
     add("--data", nargs="+", default=["shapes"], help="data sets' names or folders of pictures (default: shapes)")
     add("--root", default="data", help="where data sets are, or are put (default: data)")
     add("--shots", type=above(-1, int), nargs="+", default=[16], help="per class, 0 for all pictures (default: 16)")
-    add("--seeds", type=int, nargs="+", default=[1], help="one run each (default: 1)")
-    add("--backbone", help="tiny, ViT-B/32, ViT-B/16, ViT-L/14, ViT-L/14@336px or a weights file (default: ViT-B/16, for "
-        "drawn data tiny)")
+    add("--seeds", type=above(-1, int, below=2**32), nargs="+", default=[1], help="one run each (default: 1)")
+    add("--backbone", help="tiny, ViT-B/32, ViT-B/16, ViT-L/14, ViT-L/14@336px, owner/name on the hub, a weights file or a "
+        "folder with one (default: ViT-B/16, for drawn data tiny)")
+    add("--activation", choices=["gelu", "quickgelu"], help="of the weights' MLPs (default: what the configuration beside "
+        "them says, else quickgelu)")
     add("--epochs", type=above(0, int), help="default: the recipe's, as for the three below")
     add("--lr", type=above(0, float), help="rates of single parts, such as DPT's text prompts, scale with it")
     add("--warmup-epochs", type=above(-1, int), help="of all parts")
@@ -283,11 +293,11 @@ def parse_arguments(argv):
     return parser.parse_args(argv)
 
 
-def above(limit, kind):
-    """For argparse: a number above the limit."""
+def above(limit, kind, below=math.inf):
+    """For argparse: a number between the limits."""
     def number(text):
-        if not kind(text) > limit:
-            raise argparse.ArgumentTypeError(f"{text} is not above {limit}")
+        if not limit < kind(text) < below:
+            raise argparse.ArgumentTypeError(f"{text} is not above {limit} and below {below}")
         return kind(text)
     return number
 
@@ -296,17 +306,19 @@ def resolve_settings(args, data_name, method, shots, seed):
     """-> Settings of one run of the command: names settled, the recipe resolved, the user's flags on top."""
     name, data_path = data.identify(data_name)
     backbone = args.backbone or ("tiny" if name in data.WORLD and not data_path else "ViT-B/16")
-    file = Path(backbone).expanduser()
-    backbone, backbone_path = (file.stem, str(file.resolve())) if file.is_file() else (backbone, "")
+    file, backbone_path = Path(backbone).expanduser(), ""
+    backbone = {dashes(name): name for name in OPENAI_MODELS}.get(backbone, backbone)
+    if file.exists() and backbone not in ("tiny", *OPENAI_MODELS):
+        backbone, backbone_path = file.name.removesuffix(file.suffix), str(file.resolve())
     defaults = METHODS[method].default_options()
     options = parse_options(method, defaults, args.set)
     recipe, data_options = resolve_recipe(METHODS[method].recipe, options, "" if data_path else name, shots)
     flags = {key: value for key, value in vars(args).items() if key in recipe and value is not None}
-    default = defaults | data_options | recipe | {"precision": "auto"}
-    chosen = options | flags | {"precision": args.precision}
+    default = defaults | data_options | recipe | {"precision": "auto", "activation": None}
+    chosen = options | flags | {"precision": args.precision, "activation": args.activation}
     changed = {key: data.spell(value) for key, value in chosen.items() if data.spell(value) != data.spell(default[key])}
     return Settings(method, defaults | data_options | options, name, data_path, backbone, backbone_path, shots, seed,
-                    args.precision, override(recipe, flags), changed)
+                    args.activation or "", args.precision, override(recipe, flags), changed)
 
 
 def resolve_recipe(recipe, options, data_name, shots):
@@ -371,11 +383,11 @@ def choose_machine(device, precision, workers):
 # ---- Run folders ----
 
 
-def save_run(folder, settings, bench, method, evaluation, result):
+def save_run(folder, settings, bench, trained, method, evaluation, result):
     """Write a run's folder, whole or not at all: beside its place, then renamed."""
     tensors = {name: tensor.cpu() for name, tensor in method.learned().items()}
     prompts = asdict(settings) | dict(classnames=method.classnames, templates=list(method.templates),
-                                      class_ids=bench.class_ids, tensors=tensors)
+                                      class_ids=bench.class_ids, train=trained, tensors=tensors)
     rows = [("picture", "class", "predicted class", "probability")]
     for (path, label), predicted, p in zip(bench.test, evaluation.predicted, evaluation.probability, strict=True):
         rows.append((Path(path).relative_to(bench.folder), bench.classnames[label], bench.classnames[predicted], f"{p:.6f}"))
@@ -408,11 +420,11 @@ def make_folder(folder):
 
 
 def read_prompts(folder):
-    """prompts.pt of a finished run: the fields of Settings, classnames, templates, class_ids and tensors."""
+    """prompts.pt of a finished run: the fields of Settings, classnames, templates, class_ids, train and tensors."""
     path = Path(folder) / "prompts.pt"
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
-        if not saved.keys() >= {*Settings.__dataclass_fields__, "classnames", "templates", "class_ids", "tensors"}:
+        if not saved.keys() >= {*Settings.__dataclass_fields__, "classnames", "templates", "class_ids", "train", "tensors"}:
             raise KeyError("a setting is missing")
         return saved
     except Exception as error:  # any file can stand there
@@ -424,7 +436,8 @@ def read_prompts(folder):
 def load_run(folder, device=None):
     """A finished run -> its trained method, ready to predict: method(images) for pictures through clip_min.preprocess."""
     saved = read_prompts(folder)
-    clip = load_clip(saved["backbone_path"] or saved["backbone"], choose_machine(device, "fp32", 0).device)
+    device = choose_machine(device, "fp32", 0).device
+    clip = load_clip(saved["backbone_path"] or saved["backbone"], device, saved["activation"])
     try:
         method = METHODS[saved["method"]](clip, saved["classnames"], saved["templates"], **saved["options"])
         method.load_learned(saved["tensors"])

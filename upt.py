@@ -125,6 +125,10 @@ class UPT(Method):
             u = self.ffn(y) + y  # Eq. 5
         return u[:, : self.n_ctx] * self.text_scale, self.to_visual(u[:, self.n_ctx :])
 
+    def contexts(self):
+        """-> those of the first layer, (M, Dt)."""
+        return self.tower_prompts()[0][0]
+
     def encode_text(self):
         """-> (K, E), not normalised."""
         return self.encode_text_with(self.tower_prompts()[0])

@@ -453,7 +453,7 @@ def test_a_folder_that_grew_is_tested_without_the_pictures_of_the_training(tmp_p
     grown = data.load(tmp_path, shots=0)
     seen = set(trained.train) & set(grown.test)
     assert seen  # the test would say nothing otherwise
-    clean = grown.without_trained(fingerprints, same_folder=True)
+    clean = data.without_trained(grown, fingerprints, trained.folder)
     assert clean.test == [item for item in grown.test if item not in seen]
     assert replace(clean, test=grown.test) == grown
 
@@ -465,20 +465,20 @@ def test_pictures_of_the_training_are_known_by_content_elsewhere_and_by_path_in_
     save(noise((8, 8), seed=999), tmp_path / "there" / trained.relative(second))  # another picture of the same path
     save(noise((8, 8), seed=998), tmp_path / "there" / "b" / "new.png")
     there = data.load(tmp_path / "there", shots=0, whole=True)
-    clean = there.without_trained(trained.fingerprints(), same_folder=False)
+    clean = data.without_trained(there, trained.fingerprints(), trained.folder)
     assert {there.relative(path) for path, _ in there.test} - {there.relative(path) for path, _ in clean.test} == {
         "a/renamed.png"}
     fingerprints = trained.fingerprints()
     save(noise((8, 8), seed=997), Path(second))  # the picture was edited after the training
     here = data.load(tmp_path / "here", shots=0, whole=True)
-    clean = here.without_trained(fingerprints, same_folder=True)
+    clean = data.without_trained(here, fingerprints, trained.folder)
     assert len(here.test) == 20 and len(clean.test) == 6
 
 
 def test_a_test_set_that_was_trained_on_altogether_is_refused(tmp_path):
     trained = data.load(own_pictures(tmp_path), shots=0)
     with fails(tmp_path.name, "all 14 test pictures"):
-        replace(trained, test=trained.train).without_trained(trained.fingerprints(), same_folder=True)
+        data.without_trained(replace(trained, test=trained.train), trained.fingerprints(), trained.folder)
 
 
 # ---- What else a user's folder may hold ----

@@ -18,8 +18,9 @@ from test_clip import assert_equal, picture
 import data
 import train
 from clip_min import CLIP, Method, UserError
-from train import METHODS
 
+# The linear probe learns nothing by steps, prepare() fits it: its promises are tested in test_baselines.py.
+METHODS = {name: method for name, method in train.METHODS.items() if name != "linear_probe"}
 ROOT = Path(__file__).parents[1]
 NAMES = ["cat", "shovel-nosed_ray", "polka dotted", "St. John's Co.", "ox"]
 OTHERS = ["a dog", "tree_frog", "sea", "old car", "house"]
@@ -185,6 +186,7 @@ def test_the_order_of_calls_does_not_matter(name, clip):
                      logits=lambda m=method: m(IMAGES), loss=lambda m=method: m.loss(IMAGES, LABELS),
                      attention=lambda m=method: m.attention(IMAGES)["attention"])  # fmt: skip
         for step in order.split():
+            torch.manual_seed(0)  # ProDA draws some of its prompts
             found[step] = calls[step]().detach()
         results.append(found)
     assert all(same_tensors(found, results[0]) for found in results[1:])
@@ -223,7 +225,11 @@ def test_what_was_learned_comes_back(name, clip):
     other.load_learned(tensors)
     assert torch.equal(logits(other), logits(method)) and same_tensors(other.learned(), tensors)
     assert learned(other).keys() == learned(method).keys()
-    assert torch.equal(other.loss(IMAGES, LABELS), method.loss(IMAGES, LABELS))
+    losses = []
+    for each in other, method:
+        torch.manual_seed(0)  # ProDA draws some of its prompts
+        losses.append(each.loss(IMAGES, LABELS))
+    assert torch.equal(*losses)
 
 
 @every_method

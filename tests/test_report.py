@@ -19,9 +19,9 @@ from coop import CoOp
 COLOURS = {"red": (220, 40, 40), "green": (40, 200, 60), "blue": (50, 60, 220)}
 
 
-def draw(folder, count, names=COLOURS):
+def draw(folder, count, names=COLOURS, seed=0):
     """Class folders of `count` pictures each, 32 x 32, one colour and noise."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
     for name in names:
         (folder / name).mkdir(parents=True)
         for i in range(count):
@@ -371,11 +371,11 @@ def test_a_run_is_evaluated_on_its_own_data_again_and_on_other_class_folders_who
     before = result(runs[0])
     line = f"photos        {before['accuracy']:.2f} % of {before['test_images']} test pictures"
     assert capsys.readouterr().out.splitlines() == [line]
-    draw(tmp_path / "other", 5, ["red", "plaid"])  # other class names
+    draw(tmp_path / "other", 5, ["red", "plaid"], seed=1)  # other class names, none of the training's pictures
     start(runs[0], "--eval-on", tmp_path / "other")
     assert "% of 10 test pictures" in capsys.readouterr().out
     for part in "train", "test":
-        draw(tmp_path / "parts" / part, 2, ["red", "plaid"])
+        draw(tmp_path / "parts" / part, 2, ["red", "plaid"], seed=2)
     start(runs[0], "--eval-on", tmp_path / "parts")
     assert "% of 4 test pictures" in capsys.readouterr().out
     start(runs[1], "--eval-on", tmp_path / "other", status=2)  # its cache knows other classes

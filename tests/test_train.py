@@ -174,7 +174,7 @@ class Toy(Method):
     def encode_text(self):
         return self.a
 
-    def prepare(self, batches):
+    def prepare(self, batches, val=()):
         self.autocast.append(torch.is_autocast_enabled("cpu"))
 
     def forward(self, images, text=None):
@@ -585,7 +585,7 @@ def test_predictions_name_every_test_picture_with_what_the_method_says_of_it(fin
 
 def test_a_run_says_what_it_is_before_it_says_how_it_went(finished):
     run = result(finished.folder)
-    patterns = ["method +coop", "data +photos.*3 classes.*12 training.*12 test pictures", "backbone +weights on cpu",
+    patterns = ["method +coop", "data +photos.*3 classes.*12 training.*12 test pictures", "backbone +weights with quickgelu on cpu",
                 r"recipe +.*lr\W+0.002", r"prompts +.*blue.*\|.*green.*\|.*red",
                 rf"zero-shot +{run['zero_shot']:.2f} %", "epoch 2/2 +loss", rf"accuracy +{run['accuracy']:.2f} %",
                 f"saved +{finished.folder}"]
@@ -1022,7 +1022,7 @@ def test_prompts_that_lack_something_are_not_loaded(finished, tmp_path, key):
 @pytest.fixture
 def on_benchmarks(root, usual, tmp_path, monkeypatch):
     """train.main on the data in root; every backbone is a small random CLIP. -> result.json, of two shots."""
-    monkeypatch.setattr(train, "load_clip", lambda name, device: random_clip())
+    monkeypatch.setattr(train, "load_clip", lambda *args: random_clip())
 
     def run(data_name, method, *flags, status=0):
         flags = ["--data", data_name, "--method", method, "--shots", 2, "--epochs", 1, *flags]
