@@ -171,9 +171,9 @@ class Attention(nn.Module):
 class Block(nn.Module):
     """Pre-norm transformer block of the image tower: (B, N, D) -> (B, N, D), or (B, 1, D) if it is the last."""
 
-    def __init__(self, width, last, heads=None, activation="quickgelu"):
+    def __init__(self, width, is_last, heads=None, activation="quickgelu"):
         super().__init__()
-        self.last, self.activation = last, ACTIVATIONS[activation]
+        self.is_last, self.activation = is_last, ACTIVATIONS[activation]
         self.attn = Attention(width, heads)
         self.ln_1, self.ln_2 = nn.LayerNorm(width), nn.LayerNorm(width)
         self.mlp = nn.ModuleDict({"c_fc": nn.Linear(width, 4 * width), "c_proj": nn.Linear(4 * width, width)})
@@ -189,7 +189,7 @@ class Block(nn.Module):
         """
         h = self.ln_1(x)
         k, v = self.keys_and_values(h, prompts)
-        if self.last and not all_tokens:  # only the class token is read after the last block
+        if self.is_last and not all_tokens:  # only the class token is read after the last block
             x, h = x[:, :1], h[:, :1]
         mask = None if mask is None else mask[:, None, None]  # (B, 1, 1, N+P): the same for every head and query
         return self.add_attention_and_mlp(x, self.attn(self.attn.query(h), k, v, mask))
@@ -227,7 +227,7 @@ class TextBlock(Block):
         v = torch.cat([v_shared.expand(len(own), -1, -1, -1), v_own], dim=2)
         p, s = shared.shape[1], own.shape[1]
         causal = torch.ones(p + s, p + s, dtype=torch.bool, device=own.device).tril()
-        if self.last:
+        if self.is_last:
             rows = torch.arange(len(own), device=own.device)
             own, h_own = own[rows, eot].unsqueeze(1), h_own[rows, eot].unsqueeze(1)  # (K, 1, D)
             mask = causal[p + eot, None, None]  # (K, 1, 1, P+S)
@@ -421,7 +421,7 @@ class Method(nn.Module):
         return self.zero_shot
 
     def contexts(self):
-        """-> the learned vectors in front of the text tower's first layer, (M, D) or (K, M, D); None if there are none."""
+        """-> the learned vectors that enter the text tower's first layer, (M, D) or (K, M, D), or None."""
         return None
 
     def encode_image(self, images, text=None):
@@ -479,13 +479,13 @@ class Method(nn.Module):
 
         Here: the class token's attention to the patches in the last block, the mean of the heads.
         """
-        inputs, last = [], self.clip.visual.blocks[-1]
-        hook = last.register_forward_pre_hook(lambda block, args: inputs.append(args))
+        inputs, last_block = [], self.clip.visual.blocks[-1]
+        hook = last_block.register_forward_pre_hook(lambda block, args: inputs.append(args))
         try:
             self.encode_image(images, self.encode_text())
         finally:
             hook.remove()
-        weights = last.attention_weights(*inputs[-1])  # the last call's: DPT runs the tower without prompts first
+        weights = last_block.attention_weights(*inputs[-1])  # the last call's: DPT runs the tower without prompts first
         n = len(self.clip.visual.positional_embedding)  # class token and patches
         return {"attention": weights[:, :, 0, 1:n].mean(dim=1)}
 

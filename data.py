@@ -214,8 +214,8 @@ def without_trained(bench, trained, trained_folder):
     if not test:
         raise UserError(f"the run was trained on all {len(bench.test)} test pictures of {bench.folder}: test others")
     if len(test) < len(bench.test):
-        warn(f"{len(bench.test) - len(test)} of {len(bench.test)} test pictures of {bench.folder} are left out: the run "
-             "was trained on them")
+        warn(f"{len(bench.test) - len(test)} of {len(bench.test)} test pictures of {bench.folder} are left out: the "
+             "run was trained on them")
     return replace(bench, test=test)
 
 
@@ -596,13 +596,13 @@ class Batches:
 
     def __iter__(self):
         self.walks += 1
-        return self.walk(-self.walks, shuffled=False)
+        return self.load_batches(-self.walks, shuffled=False)
 
     def epoch(self, number):
         """Batches in random order, the same for the same seed and number."""
-        return self.walk(number, shuffled=True)
+        return self.load_batches(number, shuffled=True)
 
-    def walk(self, number, shuffled):
+    def load_batches(self, number, shuffled):
         rng, order = random.Random(f"{self.seed} {number}"), list(range(len(self.pictures.items)))
         if shuffled:
             rng.shuffle(order)

@@ -163,8 +163,8 @@ class DPT(VLP):
     def encode_image(self, images, text=None):
         """images (B, 3, R, R), text = W (K, E) or None to compute it -> z (B, E)."""
         text = self.encode_text() if text is None else text
-        likely = likely_classes(self, self.frozen_features(images))
-        return self.class_aware_features(images, text[likely])[0]
+        top_classes = likely_classes(self, self.frozen_features(images))
+        return self.class_aware_features(images, text[top_classes])[0]
 
     def class_aware_features(self, images, g):
         """g (B, k, E), text features of each picture's classes -> z (B, E), auxiliary logits (layers, B, k, K)."""
@@ -181,9 +181,9 @@ class DPT(VLP):
     def loss(self, images, labels, epoch=0):
         """labels (B,) -> scalar: Eq. 12 in the first guide_epochs, then Eq. 11."""
         text, z0 = self.encode_text(), self.frozen_features(images)
-        likely = likely_classes(self, z0)
-        z, aux = self.class_aware_features(images, text[likely])
-        hit = (likely == labels[:, None]).expand(len(aux), -1, -1)  # (layers, B, k), at most one per picture
+        top_classes = likely_classes(self, z0)
+        z, aux = self.class_aware_features(images, text[top_classes])
+        hit = (top_classes == labels[:, None]).expand(len(aux), -1, -1)  # (layers, B, k), at most one per picture
         rows = F.cross_entropy(aux.movedim(-1, 1), labels[None, :, None].expand_as(hit), reduction="none")
         l_ca = (rows * hit).sum() / hit.sum().clamp(min=1)  # Eq. 8, the mean over pictures and layers; 0 without a hit
         return self.phase_loss(z0 if epoch < self.guide_epochs else None, z, text, labels) + self.alpha * l_ca
@@ -256,26 +256,26 @@ class CAVPT(VLP):
         """images (B, 3, R, R) -> z (B, E)."""
         return self.class_aware_features(images, likely_classes(self, self.frozen_features(images)))[0]
 
-    def class_aware_features(self, images, likely):
-        """likely (B, k), classes of each picture -> z (B, E), auxiliary logits (B, k, K)."""
+    def class_aware_features(self, images, top_classes):
+        """top_classes (B, k), classes of each picture -> z (B, E), auxiliary logits (B, k, K)."""
         visual = self.clip.visual
         x = visual.embed(images)  # (B, 1+N, D)
         for block, p in zip(visual.blocks[:-1], self.visual_prompts, strict=False):  # keep_vpt has one set more
             x = block(x, p)  # v1 Eq. 6
-        p, aux = self.cavpt(self.zero_shot[likely], x[:, 0].detach())  # (B, k, D)
+        p, aux = self.cavpt(self.zero_shot[top_classes], x[:, 0].detach())  # (B, k, D)
         if self.keep_vpt:
             p = torch.cat([p, self.visual_prompts[-1].expand(len(x), -1, -1)], dim=1)
         return visual.project(visual.blocks[-1](x, p)), aux
 
     def loss(self, images, labels, epoch=0):
         """labels (B,) -> scalar, v1 Eq. 12."""
-        likely = likely_classes(self, self.frozen_features(images))
-        z, aux = self.class_aware_features(images, likely)
+        top_classes = likely_classes(self, self.frozen_features(images))
+        z, aux = self.class_aware_features(images, top_classes)
         loss = F.cross_entropy(self.clip.logits(z, self.encode_text()), labels)  # v1 Eq. 11
         if not self.cavpt_loss:
             return loss
         log_p = aux.log_softmax(dim=-1)  # (B, k, K)
-        of_label = log_p.gather(2, labels[:, None, None].expand(-1, likely.shape[1], -1)).squeeze(2)  # (B, k)
+        of_label = log_p.gather(2, labels[:, None, None].expand(-1, top_classes.shape[1], -1)).squeeze(2)  # (B, k)
         # The target is y where the prompt's class is y, and the same probability 1/K for every class elsewhere.
-        rows = torch.where(likely == labels[:, None], of_label, log_p.mean(dim=-1))  # (B, k)
+        rows = torch.where(top_classes == labels[:, None], of_label, log_p.mean(dim=-1))  # (B, k)
         return loss - rows.sum() / max(rows.numel(), 1)  # v1 Eq. 10

@@ -99,7 +99,7 @@ def run(settings, args, machine):
     """One run, from its settings to a folder with its results. A finished run is skipped."""
     started, folder, recipe = time.time(), Path(args.out) / settings.folder, settings.recipe
     if (folder / "result.json").exists() and not args.again:
-        print(f"finished      {folder} (--again repeats it)")
+        print(f"finished    {folder} (--again repeats it)")
         return
     bench = data.load(settings.data_path or settings.data, args.root, settings.shots, settings.seed)
     trained = bench.fingerprints() if recipe else {}
@@ -140,15 +140,7 @@ def run(settings, args, machine):
     if args.variance:
         variance["after"] = variances(method, test, machine.autocast())
         print(f"variance    {variance}")
-    shifts = {}
-    for target in targets:
-        name = str(target.folder) if target.own else target.name
-        shifts[name] = evaluate_on(method, target, bench.class_ids, machine).accuracy
-        papers_of_shift = [] if target.own else data.published(settings, name)
-        print(f"{name:11} {shifts[name]:.2f} % of {len(target.test)} test pictures{quoted(papers_of_shift)}")
-    if shifts:
-        print(f"average     {(after.accuracy + sum(shifts.values())) / (1 + len(shifts)):.2f} % with {bench.name}, "
-              f"{sum(shifts.values()) / len(shifts):.2f} % of the shifted alone (OOD average)")
+    shifts = evaluate_shifts(method, settings, bench, targets, after.accuracy, machine)
 
     paper, source = papers[0] if papers else (None, None)
     device = torch.cuda.get_device_name(machine.device) if machine.device.type == "cuda" else machine.device.type
@@ -166,7 +158,8 @@ def print_settings(settings, bench, machine, method):
     print(f"method      {settings.method}{''.join(f', {key} {value}' for key, value in settings.changed.items())}")
     print(f"data        {bench.name}: {len(bench.classnames)} classes, {len(bench.train)} training pictures "
           f"({settings.shots or 'all'} per class, seed {settings.seed}), {len(bench.test)} test pictures")
-    print(f"backbone    {settings.backbone} with {settings.activation} on {machine.device.type}, {machine.dtype or torch.float32}")
+    print(f"backbone    {settings.backbone} with {settings.activation} on {machine.device.type}, "
+          f"{machine.dtype or torch.float32}")
     print(f"recipe      {', '.join(f'{key} {value}' for key, value in recipe.items()) or 'nothing to train'}")
     print(f"prompts     {' | '.join(method.prompt_texts[:3])}")
 
@@ -217,8 +210,9 @@ def learning_rate(base, epoch, epochs, warmup_epochs):
 def require_finite(losses, method, when, rates):
     bad = [step for step, value in enumerate(losses, 1) if not math.isfinite(value)]
     if bad or not all(p.isfinite().all() for p in method.parameters() if p.requires_grad):  # the last step has no loss
-        raise UserError(f"The loss or what it taught is no longer finite {when}, step {bad[0] if bad else len(losses)}, "
-                        f"at learning rate {rates}: nothing was saved, try a smaller --lr or --precision fp32.")
+        step = bad[0] if bad else len(losses)
+        raise UserError(f"The loss or what it taught is no longer finite {when}, step {step}, at learning rate {rates}. "
+                        "Nothing was saved, try a smaller --lr or --precision fp32.")
 
 
 class Evaluation(NamedTuple):
@@ -243,6 +237,21 @@ def evaluate(method, batches, machine):
     correct = predicted == torch.tensor([label for _, label in batches.pictures.items])
     return Evaluation(100 * correct.sum().item() / len(correct), -of_label.mean().item(), predicted.int().tolist(),
                       best.exp().tolist())
+
+
+def evaluate_shifts(method, settings, bench, targets, accuracy, machine):
+    """--eval-on: UPT's Table 1 and DPT's Table III -> {data set: accuracy}. accuracy: on the training's data set."""
+    shifts = {}
+    for target in targets:
+        name = str(target.folder) if target.own else target.name
+        shifts[name] = evaluate_on(method, target, bench.class_ids, machine).accuracy
+        papers = [] if target.own else data.published(settings, name)
+        print(f"{name:11} {shifts[name]:.2f} % of {len(target.test)} test pictures{quoted(papers)}")
+    if shifts:
+        out_of_distribution = sum(shifts.values())
+        print(f"average     {(accuracy + out_of_distribution) / (1 + len(shifts)):.2f} % with {bench.name}, "
+              f"{out_of_distribution / len(shifts):.2f} % of the shifted alone (OOD average)")
+    return shifts
 
 
 def evaluate_on(method, target, class_ids, machine):
@@ -272,10 +281,10 @@ def parse_arguments(argv):
     add("--root", default="data", help="where data sets are, or are put (default: data)")
     add("--shots", type=above(-1, int), nargs="+", default=[16], help="per class, 0 for all pictures (default: 16)")
     add("--seeds", type=above(-1, int, below=2**32), nargs="+", default=[1], help="one run each (default: 1)")
-    add("--backbone", help="tiny, ViT-B/32, ViT-B/16, ViT-L/14, ViT-L/14@336px, owner/name on the hub, a weights file or a "
-        "folder with one (default: ViT-B/16, for drawn data tiny)")
-    add("--activation", choices=["gelu", "quickgelu"], help="of the weights' MLPs (default: what the configuration beside "
-        "them says, else quickgelu)")
+    add("--backbone", help="tiny, ViT-B/32, ViT-B/16, ViT-L/14, ViT-L/14@336px, owner/name on the hub, a weights file or "
+        "a folder with one (default: ViT-B/16, for drawn data tiny)")
+    add("--activation", choices=["gelu", "quickgelu"], help="of the weights' MLPs (default: what the configuration "
+        "beside them says, else quickgelu)")
     add("--epochs", type=above(0, int), help="default: the recipe's, as for the three below")
     add("--lr", type=above(0, float), help="rates of single parts, such as DPT's text prompts, scale with it")
     add("--warmup-epochs", type=above(-1, int), help="of all parts")
@@ -390,7 +399,7 @@ def save_run(folder, settings, bench, trained, method, evaluation, result):
                                       class_ids=bench.class_ids, train=trained, tensors=tensors)
     rows = [("picture", "class", "predicted class", "probability")]
     for (path, label), predicted, p in zip(bench.test, evaluation.predicted, evaluation.probability, strict=True):
-        rows.append((Path(path).relative_to(bench.folder), bench.classnames[label], bench.classnames[predicted], f"{p:.6f}"))
+        rows.append((bench.relative(path), bench.classnames[label], bench.classnames[predicted], f"{p:.6f}"))
     try:
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as temporary:
             new = Path(temporary, "new")
@@ -424,7 +433,8 @@ def read_prompts(folder):
     path = Path(folder) / "prompts.pt"
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
-        if not saved.keys() >= {*Settings.__dataclass_fields__, "classnames", "templates", "class_ids", "train", "tensors"}:
+        wanted = {*Settings.__dataclass_fields__, "classnames", "templates", "class_ids", "train", "tensors"}
+        if not saved.keys() >= wanted:
             raise KeyError("a setting is missing")
         return saved
     except Exception as error:  # any file can stand there
@@ -434,7 +444,7 @@ def read_prompts(folder):
 
 
 def load_run(folder, device=None):
-    """A finished run -> its trained method, ready to predict: method(images) for pictures through clip_min.preprocess."""
+    """A finished run -> its trained method, ready to predict: method(images), see clip_min.preprocess for pictures."""
     saved = read_prompts(folder)
     device = choose_machine(device, "fp32", 0).device
     clip = load_clip(saved["backbone_path"] or saved["backbone"], device, saved["activation"])

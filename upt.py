@@ -57,10 +57,9 @@ class UPT(Method):
 
     def __init__(self, clip, classnames, templates=("a photo of a {}.",), *, mode="attention", preset="paper", n_ctx=4,
                  n_visual=4, depth_text=None, depth_visual=None, heads=1, dropout=0.1, text_scale=1.0):
-        if mode not in ("attention", "mlp", "shared", "joint"):
-            raise UserError(f"mode is {mode}: choose attention, mlp, shared or joint.")
-        if preset not in ("paper", "released"):
-            raise UserError(f"preset is {preset}: choose paper or released.")
+        if mode not in ("attention", "mlp", "shared", "joint") or preset not in ("paper", "released"):
+            raise UserError(f"mode is {mode} and preset {preset}: choose attention, mlp, shared or joint, and paper or "
+                            "released.")
         if min(n_ctx, n_visual) < 1 or (mode == "shared" and n_ctx != n_visual):
             raise UserError(f"n_ctx is {n_ctx} and n_visual {n_visual}: choose 1 or more, and equal if mode=shared.")
         self.mode, self.released, self.n_ctx, self.text_scale = mode, preset == "released", n_ctx, text_scale
@@ -125,8 +124,7 @@ class UPT(Method):
             u = self.ffn(y) + y  # Eq. 5
         return u[:, : self.n_ctx] * self.text_scale, self.to_visual(u[:, self.n_ctx :])
 
-    def contexts(self):
-        """-> those of the first layer, (M, Dt)."""
+    def contexts(self):  # those of the first layer, (M, Dt)
         return self.tower_prompts()[0][0]
 
     def encode_text(self):
@@ -159,11 +157,11 @@ class UPT(Method):
         x = visual.embed(images)  # (B, 1+N, D)
         if self.released:  # in front of ln_pre, which works token by token
             prompts = torch.cat([visual.ln_pre(prompts[:1]), prompts[1:]])
-        last = self.depth_visual - 1
-        for block, p in zip(visual.blocks[:last], prompts, strict=False):
+        deepest = self.depth_visual - 1
+        for block, p in zip(visual.blocks[:deepest], prompts, strict=False):
             x = block(x, p)  # p (P, D)                                                                       Eq. 4
-        x = torch.cat([x, prompts[last].expand(len(x), -1, -1)], dim=1)  # tokens that travel on: no others follow
-        for block in visual.blocks[last:]:
+        x = torch.cat([x, prompts[deepest].expand(len(x), -1, -1)], dim=1)  # tokens that travel on: no others follow
+        for block in visual.blocks[deepest:]:
             x = block(x)
         return visual.project(x)
 

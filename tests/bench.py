@@ -1,4 +1,4 @@
-"""How fast, how much memory, how close to the machine's limit? Against the official code: same weights, same results.
+"""How fast, how much memory, how close to the machine's limit? Beside the official code: same weights, same results.
 
     pip install clip-anytorch             # OpenAI's code: what the official repositories of the papers are built on
     python tests/bench.py                 # the main cases on ViT-B/32, under five minutes on two slow CPU cores
@@ -35,7 +35,6 @@ import json
 import math
 import os
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -64,7 +63,8 @@ TEST_BATCH, TURNS = 32, 5
 DTD = """banded blotchy braided bubbly bumpy chequered cobwebbed cracked crosshatched crystalline dotted fibrous flecked
     freckled frilly gauzy grid grooved honeycombed interlaced knitted lacelike lined marbled matted meshed paisley
     perforated pitted pleated polka-dotted porous potholed scaly smeared spiralled sprinkled stained stratified striped
-    studded swirly veined waffled woven wrinkled zigzagged""".split()  # 47 classes
+    studded swirly veined waffled woven wrinkled zigzagged"""
+NAMES = DTD.split()  # 47 classes
 
 
 class Case(NamedTuple):
@@ -180,22 +180,19 @@ class PlainVPT(Plain):
 class PlainVLP(PlainCoOp, PlainVPT):
     def loss(self, images, labels, epoch):
         text = self.encode_text()
-        return self.phase_loss(self.encode_image(images, text), text, images, labels, epoch)
+        z = self.encode_image(images, text)
+        z0 = self.frozen_features(images) if epoch < 30 else None
+        return self.method.phase_loss(z0, z, text, labels)
 
-    def phase_loss(self, z, text, images, labels, epoch):
-        loss = F.cross_entropy(self.cosines(z, text), labels)
-        if epoch >= 30:
-            return loss
-        with torch.no_grad():
-            z0 = self.clip.encode_image(images)
-        image_alone = F.cross_entropy(self.cosines(z, self.method.zero_shot), labels)
-        return F.cross_entropy(self.cosines(z0, text), labels) + image_alone + 0.1 * loss
+    @torch.no_grad()
+    def frozen_features(self, images):
+        return self.clip.encode_image(images)
 
 
 class PlainDPT(PlainVLP):
     def encode_image(self, images, text):
-        with torch.no_grad():
-            self.likely = self.cosines(self.clip.encode_image(images), self.method.zero_shot).topk(10).indices
+        self.z0 = super().frozen_features(images)
+        self.likely = self.cosines(self.z0, self.method.zero_shot).topk(10).indices
 
         def class_aware(x, prompts):
             p, self.aux = self.method.cavpt[0](text[self.likely], x.transpose(0, 1), prompts)
@@ -203,11 +200,13 @@ class PlainDPT(PlainVLP):
 
         return self.image_tower(images, self.method.visual_prompts, class_aware)
 
-    def phase_loss(self, z, text, images, labels, epoch):
-        loss, hit = super().phase_loss(z, text, images, labels, epoch), self.likely == labels.unsqueeze(1)
-        if hit.any():
-            loss = loss + 0.3 * F.cross_entropy(self.aux[hit], labels[hit.any(dim=1)])
-        return loss + 0 * self.aux.sum()  # a gradient for the auxiliary classifier also without a hit
+    def frozen_features(self, images):
+        return self.z0  # encode_image needed them, too
+
+    def loss(self, images, labels, epoch):
+        loss = super().loss(images, labels, epoch) + 0 * self.aux.sum()  # a gradient also where no label is likely
+        hit = self.likely == labels.unsqueeze(1)
+        return loss + 0.3 * F.cross_entropy(self.aux[hit], labels[hit.any(dim=1)]) if hit.any() else loss
 
 
 class PlainUPT(Plain):
@@ -251,8 +250,9 @@ def build(case, backbone, device, with_openai=True):
     """-> our method, the plain one or None; images and labels of a batch."""
     state = random_state_dict(**SIZES[backbone])
     clip = CLIP.from_state_dict(state).to(device)
-    names = DTD[: case.classes] if case.classes <= len(DTD) else [  # two words each
-        f"{DTD[i % len(DTD)]} {DTD[i // len(DTD)]}" for i in range(case.classes)]
+    names = NAMES[: case.classes]
+    if case.classes > len(NAMES):
+        names = [f"{first} {second}" for first in NAMES for second in NAMES][: case.classes]
     torch.manual_seed(1)
     ours = METHODS[case.method](clip, names, **case.options).to(device)
     if case.method == "fgvpl":  # what the cache of 16 shots holds makes no difference to the time
@@ -333,21 +333,31 @@ def unavoidable(case, method, batch):
     return 2 * total
 
 
-def alone(case, backbone, device):
-    """Run our side of a case in this process. -> {"seconds": of a run, "gigabytes": its peak above the weights}."""
-    ours, _, images, labels = build(case, backbone, device, with_openai=False)
-
-    def taken():
-        if device == "cuda":
-            return torch.cuda.max_memory_allocated() / 1e9
-        unit = 1 if sys.platform == "darwin" else 1024
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
-
+def peak_gigabytes(run, device):
+    """-> the most memory that a run takes above what was held before. On a CPU only Linux tells it, others give NaN."""
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    run, before = runner(case, ours, images, labels), taken()
+        before = torch.cuda.memory_allocated()
+        run()
+        return (torch.cuda.max_memory_allocated() - before) / 1e9
+    if not Path("/proc/self/clear_refs").exists():
+        return math.nan
+
+    def kilobytes(key):
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith(key))
+
+    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
+    before = kilobytes("VmRSS")
     run()
-    gigabytes = taken() - before
+    return (kilobytes("VmHWM") - before) / 1e6
+
+
+def alone(case, backbone, device):
+    """Run our side of a case in this process. -> the seconds of a run, and its peak memory above the weights."""
+    ours, _, images, labels = build(case, backbone, device, with_openai=False)
+    run = runner(case, ours, images, labels)
+    gigabytes = peak_gigabytes(run, device)
     return {"seconds": min(seconds(run, device) for _ in range(2)), "gigabytes": gigabytes}
 
 
@@ -376,13 +386,14 @@ def compare(case, backbone, device):
     work = unavoidable(case, ours, len(images))
     limit = work / (2 * side**3 / product) / a
     rest = where_time_goes(run_ours, device) if limit < case.limit else ""
-    del ours, plain, run_ours, run_plain
+    del ours, plain, run_ours, run_plain  # the next case builds its own
     gc.collect()
     memory = in_own_process(case, backbone, device)["gigabytes"]
     missed = ratio < target or limit < case.limit
+    rate = f"{100 * limit:.0f} % of {2 * side**3 / product / 1e9:.0f}"
     print(f"| {case.name} | {backbone} | {a:.3f} | {b:.3f} | {ratio:.2f} ({min(ratios):.2f}-{max(ratios):.2f}) "
-          f"| {target or '-'} | {memory:.2f} | {work / 1e9:.0f} | {100 * limit:.0f} % of {2 * side**3 / product / 1e9:.0f} "
-          f"| {os.getloadavg()[0]:.1f} | {'**missed** ' if missed else ''}{rest} |", flush=True)
+          f"| {target or '-'} | {memory:.2f} | {work / 1e9:.0f} | {rate} | {os.getloadavg()[0]:.1f} "
+          f"| {'**missed** ' if missed else ''}{rest} |", flush=True)
     return not missed
 
 
@@ -391,8 +402,7 @@ def where_time_goes(run, device):
     kinds = {"products": ("addmm", "aten::mm", "bmm", "convolution", "gemm"), "attention": ("attention", "softmax"),
              "LayerNorm": ("layer_norm",), "activation": ("sigmoid", "silu", "gelu", "aten::mul"),
              "copies and sums": ("copy", "cat", "add", "sum", "index", "gather", "scatter", "fill", "clone")}
-    activities = [torch.profiler.ProfilerActivity.CPU, *[torch.profiler.ProfilerActivity.CUDA] * (device == "cuda")]
-    with torch.profiler.profile(activities=activities) as profile:
+    with torch.profiler.profile() as profile:
         run()
     times = dict.fromkeys([*kinds, "other"], 0)
     for event in profile.key_averages():
@@ -423,12 +433,12 @@ def default_run():
         whole = time.perf_counter() - began
     missed = process.wait() != 0 or first >= 5 or whole >= 30
     print(f"\npython train.py: {first:.1f} s to the first training step (target 5), {whole:.1f} s in all (target 30), "
-          f"load {os.getloadavg()[0]:.1f}{' **missed**' if missed else ''}")
+          f"load {os.getloadavg()[0]:.1f}{' **missed**' if missed else ''}", flush=True)
     return not missed
 
 
 def growth(backbone, device):
-    """Print how time and memory grow. The slope is that of log(seconds) over log(number) since the row above: linear is 1."""
+    """Print how time and memory grow. A slope is that of their logarithms since the row above: 1 where it is linear."""
     print("\n| | number | steps a second | slope | peak GB | slope |\n|---|---|---|---|---|---|")
     series = [(f"classes, CoOp step with M = {m}", [(k, Case("", "coop", options=dict(n_ctx=m), classes=k, batch=8))
                                                     for k in (10, 100, 1000)]) for m in (4, 16)]
@@ -439,10 +449,11 @@ def growth(backbone, device):
         before = None
         for number, case in rows:
             now = in_own_process(case, backbone, device)
-            slopes = ["-", "-"] if not before else [
-                f"{math.log(now[key] / before[1][key]) / math.log(number / before[0]):.2f}" for key in now]
-            print(f"| {name} | {number} | {1 / now['seconds']:.3g} | {slopes[0]} | {now['gigabytes']:.2f} | {slopes[1]} |",
-                  flush=True)
+            slopes = ["-", "-"]
+            if before:
+                slopes = [f"{math.log(now[key] / before[1][key]) / math.log(number / before[0]):.2f}" for key in now]
+            print(f"| {name} | {number} | {1 / now['seconds']:.3g} | {slopes[0]} | {now['gigabytes']:.2f} "
+                  f"| {slopes[1]} |", flush=True)
             before = number, now
 
 
@@ -472,8 +483,8 @@ def pipeline(n_pictures=256):
                     rates.append(n_pictures / seconds(lambda loader=loader: list(loader), "cpu"))
                 print(f"| {name} | {workers} | {rates[0]:.0f} | {rates[1]:.0f} |", flush=True)
     pictures = 0.4 * 989e12 / 35e9
-    print(f"\nAn H100 at 40 % of its 989 bf16 TFLOP/s reads {pictures:.0f} pictures a second through ViT-B/16 (35 GFLOP "
-          f"each), and {pictures / 2:.0f} in a step that learns visual prompts.")
+    print(f"\nOn paper, an H100 at 40 % of its 989 bf16 TFLOP/s takes {pictures:.0f} pictures a second through B/16, "
+          f"35 GFLOP each, and {pictures / 2:.0f} in a step that learns visual prompts.")
 
 
 def describe_machine(device):
@@ -505,7 +516,8 @@ def main(argv=None):
     if args.all or not (args.growth or args.pipeline):
         print("\n| case | backbone | ours, s | official, s | times faster (range) | target | peak GB | GFLOP "
               "| of the limit, GFLOP/s | load | |\n|---|---|---|---|---|---|---|---|---|---|---|", flush=True)
-        met += [compare(case, backbone, args.device) for backbone in backbones for case in CASES if case.short or args.all]
+        cases = [case for case in CASES if case.short or args.all]
+        met += [compare(case, backbone, args.device) for backbone in backbones for case in cases]
         met += [many_classes(backbones[0], args.device), default_run()]
     if args.all or args.growth:
         growth(backbones[0], args.device)
