@@ -58,8 +58,7 @@ class UPT(Method):
     def __init__(self, clip, classnames, templates=("a photo of a {}.",), *, mode="attention", preset="paper", n_ctx=4,
                  n_visual=4, depth_text=None, depth_visual=None, heads=1, dropout=0.1, text_scale=1.0):
         if mode not in ("attention", "mlp", "shared", "joint") or preset not in ("paper", "released"):
-            raise UserError(f"mode is {mode} and preset {preset}: choose attention, mlp, shared or joint, and paper or "
-                            "released.")
+            raise UserError(f"mode is {mode}, preset {preset}: choose attention, mlp, shared, joint; paper, released.")
         if min(n_ctx, n_visual) < 1 or (mode == "shared" and n_ctx != n_visual):
             raise UserError(f"n_ctx is {n_ctx} and n_visual {n_visual}: choose 1 or more, and equal if mode=shared.")
         self.mode, self.released, self.n_ctx, self.text_scale = mode, preset == "released", n_ctx, text_scale
@@ -118,8 +117,7 @@ class UPT(Method):
             h = self.ln_1(u + self.dropout(attended))
             u = h + self.dropout(self.ffn(self.ln_2(h)))
         else:
-            attended = self.self_attention(u, u, u, need_weights=False)[0]  # among the tokens of a layer
-            u_prime = attended + self.ln_1(u)  # Eq. 5
+            u_prime = self.self_attention(u, u, u, need_weights=False)[0] + self.ln_1(u)  # Eq. 5, within a layer
             y = self.ln_2(u_prime)
             u = self.ffn(y) + y  # Eq. 5
         return u[:, : self.n_ctx] * self.text_scale, self.to_visual(u[:, self.n_ctx :])
