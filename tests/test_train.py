@@ -490,7 +490,7 @@ def test_cache_training_and_evaluation_run_under_the_runs_precision_and_tensors_
     monkeypatch.setattr(torch.amp, "GradScaler", lambda *args, enabled: scaled.append(enabled) or scaler(
         *args, enabled=enabled))
     assert start("--method", "toy", "--precision", precision) == 0
-    assert len(Toy.last.autocast) == 4 and set(Toy.is_last.autocast) == {precision != "fp32"}  # with two epochs
+    assert len(Toy.last.autocast) == 4 and set(Toy.last.autocast) == {precision != "fp32"}  # with two epochs
     assert prompts(only_run(tmp_path / "runs"))["tensors"]["a"].dtype == torch.float32
     assert scaled == [precision == "fp16"]  # whose small gradients would be zero otherwise
 
@@ -1285,7 +1285,12 @@ def commands(text):
 
 
 @pytest.mark.parametrize("file", ["train.py", "README.md"])
-def test_the_commands_that_are_written_down_parse(file):
+def test_the_commands_that_are_written_down_parse(file, monkeypatch):
+    class Correction(Method):  # the README's own method
+        def __init__(self, *args, ratio=1.0):
+            super().__init__(*args)
+
+    monkeypatch.setitem(train.METHODS, "correction", Correction)
     text = train.__doc__ if file == "train.py" else SCRIPT.with_name(file).read_text()
     assert len(commands(text)) >= 4
     for words in commands(text):

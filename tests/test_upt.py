@@ -671,8 +671,8 @@ def test_the_recipe_is_the_papers():
 
 
 BAD = [
-    (dict(mode="both"), "both.*attention, mlp, shared or joint"),
-    (dict(preset="official"), "official.*paper or released"),
+    (dict(mode="both"), "both.*attention, mlp, shared, joint"),
+    (dict(preset="official"), "official.*paper, released"),
     (dict(mode="shared", n_ctx=4, n_visual=8), "n_ctx is 4 and n_visual 8.*equal if mode=shared"),
     (dict(n_visual=0), "n_visual 0.*1 or more"), (dict(heads=3), "heads is 3"), (dict(dropout=1.5), "dropout 1.5"),
     (dict(depth_text=0), "depth_text is 0.*1 to 2"), (dict(depth_text=3), "depth_text is 3.*1 to 2"),
