@@ -211,8 +211,8 @@ def require_finite(losses, method, when, rates):
     bad = [step for step, value in enumerate(losses, 1) if not math.isfinite(value)]
     if bad or not all(p.isfinite().all() for p in method.parameters() if p.requires_grad):  # the last step has no loss
         step = bad[0] if bad else len(losses)
-        raise UserError(f"The loss or what it taught is no longer finite {when}, step {step}, at learning rate {rates}. "
-                        "Nothing was saved, try a smaller --lr or --precision fp32.")
+        raise UserError(f"The loss or what it taught is not finite {when}, step {step}, at learning rate {rates}: "
+                        "nothing was saved, try a smaller --lr or --precision fp32.")
 
 
 class Evaluation(NamedTuple):
@@ -281,8 +281,8 @@ def parse_arguments(argv):
     add("--root", default="data", help="where data sets are, or are put (default: data)")
     add("--shots", type=above(-1, int), nargs="+", default=[16], help="per class, 0 for all pictures (default: 16)")
     add("--seeds", type=above(-1, int, below=2**32), nargs="+", default=[1], help="one run each (default: 1)")
-    add("--backbone", help="tiny, ViT-B/32, ViT-B/16, ViT-L/14, ViT-L/14@336px, owner/name on the hub, a weights file or "
-        "a folder with one (default: ViT-B/16, for drawn data tiny)")
+    add("--backbone", help="tiny, ViT-B/32, ViT-B/16, ViT-L/14, ViT-L/14@336px, owner/name on the hub, a weights file "
+        "or a folder with one (default: ViT-B/16, for drawn data tiny)")
     add("--activation", choices=["gelu", "quickgelu"], help="of the weights' MLPs (default: what the configuration "
         "beside them says, else quickgelu)")
     add("--epochs", type=above(0, int), help="default: the recipe's, as for the three below")

@@ -17,6 +17,10 @@ B32 = dict(joint=512, resolution=224, vision_layers=12, vision_width=768, patch=
 B16 = B32 | dict(patch=16)
 
 
+def pytest_configure(config):
+    config.addinivalue_line("markers", "cuda: needs a CUDA GPU, and is skipped without one")
+
+
 def random_state_dict(
     joint, resolution, vision_layers, vision_width, patch, text_width, text_layers, vocab=49408, seed=0):
     """Random weights under OpenAI's keys, on the scale of CLIP's initialisation, so that no layer saturates."""
