@@ -19,7 +19,6 @@ import statistics
 import sys
 import unicodedata
 from collections import Counter
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -71,9 +70,11 @@ class Run(NamedTuple):
 def report(args, unreadable):
     """Do what the arguments ask for. Pictures that cannot be read are added to `unreadable`."""
     asked = [args.mistakes, args.predict, args.eval_on, args.attention]
+    if (args.csv or args.threshold) and not args.predict:
+        raise UserError("--csv and --threshold are for --predict: give it, too.")
+    if any(asked) and not args.runs:
+        raise UserError("Name the folder of a finished run first, such as runs/shapes/coop/tiny_16shot_seed1.")
     if not args.runs:
-        if any(asked):
-            raise UserError("Name the folder of a finished run first, such as runs/shapes/coop/tiny_16shot_seed1.")
         summarise(Path(args.out))
     runs = [open_run(Path(folder), args) for folder in args.runs]
     if args.attention:
@@ -111,8 +112,7 @@ def save(path, content):
         part.write_bytes(content)
         part.replace(path)
     except OSError as error:
-        with suppress(OSError):
-            part.unlink()
+        part.unlink(missing_ok=True)
         raise UserError(f"{path} cannot be written ({error.strerror}): make room or choose another place.") from error
     print(f"saved         {path}", file=sys.stderr)  # stdout may be a file for the tables
 
@@ -390,9 +390,8 @@ def predict(run, paths, csv_file, threshold):
 
 def evaluate_on(run, name, root):
     """Print the accuracy of a trained run on a data set: on its own again, or on another one."""
-    _, path = data.identify(name)
-    is_new = path not in ("", run.saved["data_path"])  # then all pictures of its class folders are tested
-    target = data.load(name, root, shots=0, whole=is_new)
+    _, path = data.identify(name)  # of a folder that is not the run's own, all pictures are tested
+    target = data.load(name, root, shots=0, whole=path not in ("", run.saved["data_path"]))
     target = data.without_trained(target, run.saved["train"], run.saved["data_path"])
     evaluation = train.evaluate_on(run.method, target, run.saved["class_ids"], run.machine)
     papers = [] if target.own else data.published(settings_of(run.saved), target.name)

@@ -231,6 +231,12 @@ def start(*arguments, status=0):
     assert report.main([*map(str, arguments), "--device", "cpu"]) == status
 
 
+def test_options_of_predict_are_refused_without_it(tmp_path, capsys):
+    for flags in ["--csv", tmp_path / "a.csv"], ["--threshold", 0.5]:
+        start("--out", tmp_path, *flags, status=2)
+        assert capsys.readouterr().err == "error: --csv and --threshold are for --predict: give it, too.\n"
+
+
 def result(run):
     return json.loads((run / "result.json").read_text())
 
