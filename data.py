@@ -21,6 +21,7 @@ The protocol is CoOp's (arXiv:2109.01134, github.com/KaiyangZhou/CoOp), so that 
 
 import csv
 import functools
+import glob
 import hashlib
 import itertools
 import json
@@ -473,17 +474,19 @@ def extract(archive, folder):
             file.extract(member, folder, **{} if is_zip else {"filter": "data"})
 
 
-@contextmanager
-def working_folder(folder, inside):
-    """Make a folder whole or not at all: in a temporary one beside it, whose folder `inside` is then renamed.
-
-    What a killed process left behind more than an hour ago is removed first.
-    """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    for left in folder.parent.glob(f".{folder.name}.*"):
+def clear_leftovers(folder):
+    """Remove the temporary folders beside `folder` that a killed process left behind more than an hour ago."""
+    for left in folder.parent.glob(f".{glob.escape(folder.name)}.*"):
         with suppress(FileNotFoundError):  # another process may remove it, too
             if time.time() - left.stat().st_mtime > 3600:
                 shutil.rmtree(left)
+
+
+@contextmanager
+def working_folder(folder, inside):
+    """Make a folder whole or not at all: in a temporary one beside it, whose folder `inside` is then renamed."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    clear_leftovers(folder)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as temporary:
         yield Path(temporary)
         try:

@@ -22,6 +22,7 @@ import os
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -108,6 +109,7 @@ def run(settings, args, machine):
     targets = [data.without_trained(target, trained, bench.folder) for target in targets]
     if recipe and not bench.train:
         raise UserError(f"{bench.name} has test pictures only: train on other data, with --eval-on {bench.name}.")
+    warn_of_moved(bench, folder.parents[1])
     make_folder(folder.parent)  # now, so that a place that cannot be written to does not cost a training
     clip = load_clip(settings.backbone_path or settings.backbone, machine.device, settings.activation or None)
     settings = replace(settings, activation=clip.activation)
@@ -401,6 +403,7 @@ def save_run(folder, settings, bench, trained, method, evaluation, result):
     for (path, label), predicted, p in zip(bench.test, evaluation.predicted, evaluation.probability, strict=True):
         rows.append((bench.relative(path), bench.classnames[label], bench.classnames[predicted], f"{p:.6f}"))
     try:
+        data.clear_leftovers(folder)
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as temporary:
             new = Path(temporary, "new")
             new.mkdir()
@@ -419,6 +422,17 @@ def save_run(folder, settings, bench, trained, method, evaluation, result):
                 raise
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
         raise UserError(f"{folder} cannot be written ({error}): make room or choose another --out.") from error
+
+
+def warn_of_moved(bench, runs):
+    """A user's folder that has grown may train on what earlier runs were tested on: their numbers do not compare."""
+    tested = set()
+    for file in runs.rglob("predictions.csv") if bench.own else []:
+        with suppress(OSError, csv.Error), file.open(newline="", encoding="utf-8", errors="surrogateescape") as lines:
+            tested |= {row.get("picture") for row in csv.DictReader(lines)}
+    if moved := tested & {bench.relative(path) for path, _ in bench.train}:
+        print(f"warning: {len(moved)} training pictures were tested by earlier runs in {runs}: the folder has changed, "
+              "compare with runs that are made again (--again).")
 
 
 def make_folder(folder):

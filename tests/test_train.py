@@ -1284,6 +1284,41 @@ def commands(text):
     return [shlex.split(command, comments=True)[2:] for command in found if "..." not in command]
 
 
+def test_pictures_that_move_from_the_test_to_the_training_are_told(tmp_path, world, capsys):
+    flags = ["--data", tmp_path / "own", "--backbone", world / "weights.pt", "--out", tmp_path / "runs", "--shots", 0,
+             "--device", "cpu", "--epochs", 1]
+    draw(tmp_path / "own", 6)
+    assert main(*flags) == 0
+    tested = {path for path, _ in data.load(tmp_path / "own", shots=0).test}
+    assert main(*flags, "--again") == 0 and "were tested" not in capsys.readouterr().out  # nothing has changed
+    moved = set()
+    for i in range(60):  # the folder grows by pictures behind the tested ones, until one of those moves
+        picture = tmp_path / "own" / "red" / f"more{i}.png"
+        Image.new("RGB", (32, 32), (i, 2 * i, 3 * i)).save(picture)
+        train_paths = {path for path, _ in data.load(tmp_path / "own", shots=0).train}
+        moved = tested & train_paths
+        if moved:
+            break
+        if str(picture) in train_paths:
+            picture.unlink()
+    assert moved
+    assert main(*flags, "--again") == 0
+    assert f"warning: {len(moved)} training pictures were tested by earlier runs" in capsys.readouterr().out
+
+
+def test_what_a_killed_save_left_is_removed_by_the_next_one_after_an_hour(tmp_path, world):
+    flags = ["--data", world / "photos", "--backbone", world / "weights.pt", "--out", tmp_path, "--device", "cpu",
+             "--method", "zeroshot"]
+    assert main(*flags) == 0
+    folder = only_run(tmp_path)
+    old, new = folder.with_name(f".{folder.name}.old"), folder.with_name(f".{folder.name}.new")
+    for left in old, new:
+        (left / "new").mkdir(parents=True)
+    os.utime(old, (0, 0))
+    assert main(*flags, "--again") == 0
+    assert not old.exists() and new.exists()  # the new one may be another process's
+
+
 @pytest.mark.parametrize("file", ["train.py", "README.md"])
 def test_the_commands_that_are_written_down_parse(file, monkeypatch):
     class Correction(Method):  # the README's own method
