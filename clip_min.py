@@ -452,6 +452,9 @@ class Method(nn.Module):
         validation pictures as they are; without a batch where the data set has none.
         """
 
+    def finish(self, val=()):
+        """Choose constants after the training, on the validation pictures that prepare() was given, too."""
+
     def learned(self):
         """-> {name: tensor}, all that sets this method apart from a new one, a cache included: prompts.pt holds it."""
         return {name: tensor for name, tensor in self.state_dict().items() if not name.startswith("clip.")}

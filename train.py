@@ -132,6 +132,8 @@ def run(settings, args, machine):
         trainable = sum(p.numel() for p in method.parameters() if p.requires_grad)  # a cache may be learned, too
         print(f"learning    {trainable:,} numbers")
         losses = train(method, few_shot, recipe, machine) if trainable else []
+        with machine.autocast():
+            method.eval().finish(val)
     seconds_training = time.time() - began
     if recipe:
         after = evaluate(method, test, machine)
