@@ -1,4 +1,4 @@
-"""The other rows of the papers' tables: CoCoOp, ProGrad, ProDA, CLIP-Adapter and the linear probe, a class each.
+"""The other rows of the papers' tables: zero-shot, CoCoOp, ProGrad, ProDA, CLIP-Adapter and the linear probe.
 
     CoCoOp        Zhou, Yang, Loy, Liu: Conditional Prompt Learning for Vision-Language Models, CVPR 2022,
                   arXiv:2203.05557. Code: github.com/KaiyangZhou/CoOp, trainers/cocoop.py
@@ -27,13 +27,19 @@ from clip_min import Method, UserError, encode, full_precision, tokenize
 SGD = dict(optimizer="sgd", momentum=0.9, weight_decay=5e-4, crop_scale=(0.08, 1.0))  # CoOp's code
 COOP = SGD | dict(lr=0.002, warmup_epochs=1, batch_size=32, epochs={1: 50, 2: 100, 4: 100, 8: 200, 16: 200},
                   datasets={"imagenet": dict(epochs=50)})  # CoOp's recipe, epochs by shots
+SEVEN = ("itap of a {}.", "a bad photo of the {}.", "a origami {}.", "a photo of the large {}.",
+         "a {} in a video game.", "art of the {}.", "a photo of the small {}.")  # as in fgvpl.py
+
+
+class ZeroShot(Method):
+    """Zero-shot CLIP; with `seven_templates` those of Tip-Adapter for ImageNet, as in FG-VPL's tables."""
+
+    def __init__(self, clip, classnames, templates=("a photo of a {}.",), *, seven_templates=False):
+        super().__init__(clip, classnames, SEVEN if seven_templates else templates)
 
 
 class ContextPrompt(Method):
-    """CoOp's prompt, [SOS, v_1 .. v_M, CLASS, ".", EOT], which CoCoOp and ProGrad share.
-
-    There are `n_ctx` context vectors: random ones, or zeros and then the words in `ctx_init`.
-    """
+    """CoOp's prompt. Its `n_ctx` context vectors begin at random, or as zeros and then the words in `ctx_init`."""
 
     def __init__(self, clip, classnames, templates, n_ctx, ctx_init):
         words = encode(ctx_init.replace("_", " "))
@@ -73,13 +79,11 @@ class CoCoOp(ContextPrompt):
 
         v_m  ctx  (M, D)      h  meta_net, Linear(E, E/16), ReLU, Linear(E/16, D)      learned
 
-    So every picture has a classifier of its own, and there is none that encode_text() could give: it gives that of the
-    context without a shift, for those who look at the text alone. forward() goes from picture to picture, and what the
-    K prompts of one begin with is encoded once. In an evaluation, no more than K prompts are in memory at a time.
+    Every picture has a classifier of its own; encode_text() gives that of the context without a shift. forward() goes
+    from picture to picture, so in an evaluation no more than K prompts are in memory, and encodes their beginning once.
     """
 
-    # Section 4 and vit_b16_c4_ep10_batch1_ctxv1.yaml.
-    recipe = SGD | dict(lr=0.002, warmup_epochs=1, batch_size=1, epochs=10)
+    recipe = SGD | dict(lr=0.002, warmup_epochs=1, batch_size=1, epochs=10)  # as vit_b16_c4_ep10_batch1_ctxv1.yaml
 
     def __init__(self, clip, classnames, templates=("a photo of a {}.",), *, n_ctx=4, ctx_init="a photo of a"):
         super().__init__(clip, classnames, templates, n_ctx, ctx_init)
@@ -100,13 +104,11 @@ class ProGrad(ContextPrompt):
 
         L_ce = CE(p, y),  L_kl = - sum_i p_zs(i) log p(i), both at temperature 1                              Eq. 3
         G_d = grad L_ce,  G_g = grad L_kl
-        G = G_d                                      where  G_d . G_g >= 0                                    Eq. 4
-        G = G_d - lam (G_d . G_g / |G_g|^2) G_g      elsewhere                                                Eq. 4
+        G = G_d - lam min(0, G_d . G_g) / |G_g|^2 G_g                                                         Eq. 4
 
         p_zs  softmax of the zero-shot logits  (B, K), from the templates      G  the gradient of all that learns, `ctx`
 
-    L_kl is the KL divergence but for a constant. The code begins with the template as ctx_init, and its templates have
-    all words in front of the name.
+    L_kl is the KL divergence but for a constant. The code has the template's words in front of the name as ctx_init.
     """
 
     recipe = COOP
@@ -142,9 +144,9 @@ class ProDA(Method):
 
         v_1(n) .. v_M(n)   ctx   (N, M, D)   learned
 
-    L_upper bounds the expected cross-entropy. A quarter of the prompts has the class name in front of the context, a
-    quarter in its middle, the rest behind it. Every step draws `n_per_step` prompts for L_upper; L_so takes all. Left
-    open and chosen: variances are divided by the number drawn, contexts begin as CoOp's, there is no warm-up.
+    A quarter of the prompts has the class name in front of the context, a quarter in its middle, the rest behind it.
+    Each step draws `n_per_step` prompts for L_upper, which bounds the expected cross-entropy; L_so takes all. Left open
+    and chosen: variances are divided by the number drawn, contexts begin as CoOp's, there is no warm-up.
     """
 
     # Section 4 of the paper; the rest is CoOp's.
@@ -172,11 +174,9 @@ class ProDA(Method):
         self.eot = nn.Buffer(tokens.argmax(dim=-1), persistent=False)  # (K,)
         length = int(self.eot.max()) + 1  # nothing behind the end mark is ever read
         self.words = nn.Buffer(self.clip.text.token_embedding(tokens[:, :length]), persistent=False)  # (K, L, D)
-        context, order = list(range(1, 1 + m)), []
-        for in_front in self.in_front:
-            ends = [1 + m + len(encode(name)) for name in self.classnames]  # of the name
-            order.append([[0, *context[:in_front], *range(1 + m, end), *context[in_front:], *range(end, length)]
-                          for end in ends])
+        context, ends = list(range(1, 1 + m)), [1 + m + len(encode(name)) for name in self.classnames]  # of the names
+        order = [[[0, *context[:in_front], *range(1 + m, end), *context[in_front:], *range(end, length)]
+                  for end in ends] for in_front in self.in_front]
         self.order = nn.Buffer(torch.tensor(order, device=device), persistent=False)  # (3, K, L)
 
     def encode_prompt(self, n):

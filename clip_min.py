@@ -56,6 +56,14 @@ def full_precision(device):
     return torch.autocast(device.type, enabled=False) if is_autocast_available(device.type) else nullcontext()
 
 
+def whole_batch(count):
+    """A count over this process's pictures -> over the batch: under torchrun the processes share its pictures."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        count = count.clone()
+        torch.distributed.all_reduce(count)
+    return count
+
+
 def preprocess(resolution):
     """CLIP's picture pipeline: an RGB PIL image -> (3, resolution, resolution) float tensor."""
     return transforms.Compose([
@@ -363,7 +371,9 @@ class CLIP(nn.Module):
             if not min(grid, patch, context_length, vocab_size, joint, layers["visual.blocks"], layers["text.blocks"]):
                 raise ValueError("one of its sizes is 0")
             for width, heads in (vision_width, vision_heads), (text_width, text_heads):
-                if width % (heads or 64) or (not heads and width in (1280, 1408, 1664)):  # the latter: ViT-H, g, bigG
+                is_given = heads is not None
+                is_known = type(heads) is int and heads > 0 if is_given else width not in (1280, 1408, 1664)
+                if not is_known or width % (heads or 64):  # widths of ViT-H, g and bigG, whose heads are not 64 wide
                     raise ValueError(f"the number of attention heads for its width {width} is not {heads or 'known'}, "
                                      "put its own open_clip_config.json or config.json beside the weights")
             with torch.device("meta"):  # no memory and no random initialisation: the tensors are assigned below

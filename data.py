@@ -183,6 +183,27 @@ def sample(items, k, rng):
     return [item for group in groups.values() for item in (rng.sample(group, k) if len(group) >= k else group)]
 
 
+def split_classes(bench):
+    """CoCoOp's protocol: -> the Benchmark of the first half of the classes, rounded up, and that of the others.
+
+    The few shots are drawn before, as in CoCoOp's code: they are the pictures of a run on all classes.
+    """
+    def part(start, end):
+        def chosen(items):
+            return [(path, label - start) for path, label in items if start <= label < end]
+
+        class_ids = bench.class_ids[start:end] if bench.class_ids else None
+        return replace(bench, classnames=bench.classnames[start:end], class_ids=class_ids, train=chosen(bench.train),
+                       val=chosen(bench.val), test=chosen(bench.test))
+
+    half = math.ceil(len(bench.classnames) / 2)
+    base, new = part(0, half), part(half, len(bench.classnames))
+    if not base.test or not new.test:
+        raise UserError(f"{bench.folder} has no test pictures for one half of its {len(bench.classnames)} classes: "
+                        "--base-to-new tests both")
+    return base, new
+
+
 def columns(target, class_ids):
     """-> where the target's classes stand among those with these ImageNet numbers, or None if not all are there."""
     if class_ids and target.class_ids and set(target.class_ids) <= set(class_ids):
@@ -239,7 +260,8 @@ def warn_of_names(bench):
 
 @functools.cache  # each message once, also when several seeds load the same data
 def warn(message):
-    if get_worker_info() is None or get_worker_info().id == 0:  # the first of the loader's processes speaks for all
+    worker = get_worker_info()
+    if (worker is None or worker.id == 0) and os.environ.get("RANK", "0") == "0":  # the first process speaks for all
         print(f"warning: {message}", file=sys.stderr)
 
 
@@ -598,23 +620,35 @@ class Batches:
         return math.floor(batches) if self.drop_last else math.ceil(batches)
 
     def __iter__(self):
+        return self.share()
+
+    def share(self, rank=0, processes=1):
+        """A walk in which each of several processes gets every `processes`-th batch."""
         self.walks += 1
-        return self.load_batches(-self.walks, shuffled=False)
+        batches = self.plan(-self.walks, shuffled=False)[rank::processes]
+        for n, batch in enumerate(self.load(batches), 1):
+            show(f"pictures  walk {self.walks}, batch {n} of {len(batches)}")
+            yield batch
 
-    def epoch(self, number):
-        """Batches in random order, the same for the same seed and number."""
-        return self.load_batches(number, shuffled=True)
+    def epoch(self, number, first=0, rank=0, processes=1):
+        """Batches in random order, the same for the same seed and number, from the batch `first` on.
 
-    def load_batches(self, number, shuffled):
+        Each of several processes gets its share of every batch. Of fewer pictures than processes each gets all.
+        """
+        batches = self.plan(number, shuffled=True)[first:]
+        return self.load([batch[rank::processes] if len(batch) >= processes else batch for batch in batches])
+
+    def plan(self, number, shuffled):  # -> the keys of Pictures in batches
         rng, order = random.Random(f"{self.seed} {number}"), list(range(len(self.pictures.items)))
         if shuffled:
             rng.shuffle(order)
             del order[len(self) * self.batch_size :]
         keys = [(i, None if self.seed is None else rng.getrandbits(32)) for i in order]
-        self.keys[:] = [keys[start : start + self.batch_size] for start in range(0, len(keys), self.batch_size)]
-        for n, (images, labels) in enumerate(self.loader, 1):
-            if number < 0:  # an epoch has a line of its own
-                show(f"pictures  walk {-number}, batch {n} of {len(self.keys)}")
+        return [keys[start : start + self.batch_size] for start in range(0, len(keys), self.batch_size)]
+
+    def load(self, batches):
+        self.keys[:] = batches
+        for images, labels in self.loader:
             yield images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
 
 

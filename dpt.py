@@ -24,9 +24,11 @@ Transactions on Multimedia 2023, arXiv:2208.08340. Its version 1 (Class-Aware Vi
 
 What DPT leaves open is settled as in its release, github.com/fanrena/DPT, trainers/DPT.py (VLP: trainers/VLP.py): d_k
 is 32; g_j is not normalised; Eq. 7 and 8 have a LayerNorm each; each layer of cavpt_layers keeps its own P_{l-1} as
-keys. Everything is trained in fp32, where the release steps in fp16. Version 1 has no code. Chosen for it: the softmax
-runs over the classes, since over its single key it would be 1 for all; the MLP is E-32-D with ReLU; LP is linear; P~
-replaces P_{l-1}. The bias of the MLP's last layer adds the same to every class's score, so it never learns.
+keys. Everything is trained in fp32, where the release steps in fp16. Version 1 has no code. Its Eq. 9 prints
+Softmax(Q^T k v), closed after v; here it is closed before v, which weighs it. Chosen for version 1: k = s W_k and v =
+s W_v, which it does not define; the softmax runs over the classes, since over its single key it would be 1 for all; the
+MLP is E-32-D with ReLU; LP is linear; P~ replaces P_{l-1}; L_ca is the mean over all rows, K_N of each picture. The
+bias of the MLP's last layer adds the same to every class's score, so it never learns.
 
 To use it elsewhere, copy this file, clip_min.py and assets/bpe_merges.txt.gz.
 B images, K classes, N patches, P = n_visual, M = n_ctx, D and Dt widths of the towers, E joint width.
@@ -38,7 +40,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from clip_min import Method, UserError
+from clip_min import Method, UserError, whole_batch
 
 
 class VLP(Method):
@@ -185,8 +187,12 @@ class DPT(VLP):
         z, aux = self.class_aware_features(images, text[top_classes])
         hit = (top_classes == labels[:, None]).expand(len(aux), -1, -1)  # (layers, B, k), at most one per picture
         rows = F.cross_entropy(aux.movedim(-1, 1), labels[None, :, None].expand_as(hit), reduction="none")
-        l_ca = (rows * hit).sum() / hit.sum().clamp(min=1)  # Eq. 8, the mean over pictures and layers; 0 without a hit
-        return self.phase_loss(z0 if epoch < self.guide_epochs else None, z, text, labels) + self.alpha * l_ca
+        hits, pictures = whole_batch(torch.stack([hit.sum(), torch.ones_like(labels).sum()]))
+        # Eq. 8, the mean over pictures and layers. train.py weighs the losses of several processes by their pictures.
+        l_ca = (rows * hit).sum() / hits * (pictures / len(labels))
+        loss = self.phase_loss(z0 if epoch < self.guide_epochs else None, z, text, labels)
+        # Without a hit W_c and its LN have no gradient, as in the release: weight decay and momentum do not move them.
+        return loss + self.alpha * l_ca if hits.any() else loss
 
 
 def likely_classes(method, z0):
@@ -219,16 +225,19 @@ class CAVPT(VLP):
 
     `softmax_axis="keys"` reads Eq. 9 as ordinary attention: over its single key, all k_n prompts come out the same.
     With `keep_vpt` the last layer has its own prompts as well. `cavpt_loss=False` leaves L_ca out. The paper chose
-    `k_n` for each data set by its test accuracy: 5 for EuroSAT, Flowers, Food and DTD, 20 for Aircraft, 37 for Pets, 50
-    for Caltech, 100 for Cars.
+    `k_n` for each data set by its test accuracy: `tuned_k_n` takes these numbers, for its Tables 1 and 2.
     """
 
     # v1 prints 200 epochs and 10 of warm-up, at 16 shots. The rates are DPT's, the other epochs CoOp's.
-    recipe = VLP.recipe | dict(epochs={1: 50, 2: 100, 4: 100, 8: 200, 16: 200},
-                               datasets={"imagenet": dict(epochs=50, warmup_epochs=1)})
+    recipe = VLP.recipe | dict(
+        epochs={1: 50, 2: 100, 4: 100, 8: 200, 16: 200}, datasets={"imagenet": dict(epochs=50, warmup_epochs=1)},
+        variants={"tuned_k_n=True": dict(datasets={name: dict(options=dict(k_n=k_n)) for name, k_n in dict(
+            eurosat=5, oxford_flowers=5, food101=5, dtd=5, fgvc_aircraft=20, oxford_pets=37, caltech101=50,
+            stanford_cars=100).items()} | {"imagenet": dict(epochs=50, warmup_epochs=1)})},
+    )
 
     def __init__(self, clip, classnames, templates=("a photo of a {}.",), *, n_ctx=16, n_visual=10, k_n=10,
-                 softmax_axis="classes", keep_vpt=False, cavpt_loss=True, base="vlp"):
+                 softmax_axis="classes", keep_vpt=False, cavpt_loss=True, base="vlp", tuned_k_n=False):
         if base not in ("vlp", "vpt") or softmax_axis not in ("classes", "keys"):
             raise UserError(f"base is {base} and softmax_axis {softmax_axis}: choose vlp or vpt, classes or keys.")
         if k_n < 0:

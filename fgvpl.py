@@ -21,7 +21,8 @@ Tip-Adapter-F (Zhang et al., ECCV 2022, arXiv:2207.09519), which are the second 
     lambda   lam        1, alpha 0.05, beta 0.5      AM, O  (B, N)      f, f_O  (B, E)
 
 Two things are printed and not followed, since CLIP's weights need their own form: a LayerNorm behind each sum (Eq. 3-4)
-and attention divided by the root of the number of heads (Eq. 5). Left open, and here chosen:
+and attention divided by the root of the number of heads (Eq. 5). Eq. 4 prints z_k where it means the z'_k of Eq. 3.
+Left open, and here chosen:
   * Path 1 is exp(logit_scale) times a cosine, but w_new is not made unit again. phi takes the cosine of adapted
     features. p(u) and q(u) are made unit before they are added to the unit u. One p and one q serve f and f_O.
   * Att^{L-1} stands on the left. No identity is added, no row is renormalised. No gradient flows through O.
@@ -31,6 +32,8 @@ and attention divided by the root of the number of heads (Eq. 5). Left open, and
     Block_L, where f_O is a class token: as printed. In training a picture meets itself in the cache.
   * AdamW's eps and weight decay are Tip-Adapter's. Crops show half of a picture or more, the cosine runs over all
     steps, no batch is dropped. The last epoch counts; Tip-Adapter-F's published numbers are its best test epoch's.
+  * lambda is 1, Tip-Adapter's constants are those of its configurations. `search` chooses them by Tip-Adapter's grid on
+    the validation shots, never on test pictures, which its code uses on ImageNet. Without such shots they stay.
 
 To use it elsewhere, copy this file, clip_min.py and assets/bpe_merges.txt.gz.
 B images, K classes, N patches, n cached pictures, H heads, L layers, D width of the image tower, E joint width.
@@ -46,6 +49,14 @@ from clip_min import Block, Method, UserError, full_precision
 
 SEVEN = ("itap of a {}.", "a bad photo of the {}.", "a origami {}.", "a photo of the large {}.",
          "a {} in a video game.", "art of the {}.", "a photo of the small {}.")
+# Tip-Adapter's configurations: its alpha, and the ends of its search for alpha and beta.
+TIP = {name: dict(options=dict(lam=lam, max_lam=max_lam, max_sharpness=max_sharpness))
+       for name, lam, max_lam, max_sharpness in (
+           ("imagenet", 1.17, 3.0, 7.0), ("caltech101", 3.0, 5.0, 12.0), ("dtd", 2.0, 13.0, 13.0),
+           ("eurosat", 2.0, 10.0, 12.0), ("fgvc_aircraft", 5.0, 30.0, 30.0), ("food101", 1.17, 10.0, 10.0),
+           ("oxford_flowers", 10.0, 50.0, 50.0), ("oxford_pets", 1.17, 3.0, 7.0), ("stanford_cars", 3.0, 10.0, 20.0),
+           ("sun397", 1.17, 10.0, 12.0), ("ucf101", 3.0, 3.0, 7.0))}
+TIP["imagenet"]["templates"] = SEVEN
 
 
 class FGVPL(Method):
@@ -55,11 +66,12 @@ class FGVPL(Method):
       "fvp+tar"  FG-VPL, all of the above
       "fvp"      prompt and object branch with the templates' classifier: no adapters, no cache
       "tar"      both paths on CLIP's own image feature                                 (525,312)
-      "tip"      Tip-Adapter: no adapters, nothing learned; lam is its alpha, its beta is 1
+      "tip"      Tip-Adapter: no adapters, nothing learned; lam is its alpha, sharpness its beta
       "tip-f"    Tip-Adapter-F: the same with learned keys                              (n * E)
-    `alpha`, `beta` and `lam` stand in Eq. 10 and 19. With `region="bbox"` the object is the box around the region.
-    `new_layer="light"` is a random Phi_O of one head and a linear layer for the MLP, as in the authors' later code
-    (3,482,112). With `share_adapters=False` f and f_O have a p and a q each, as there. The cache is the mean of
+    `alpha`, `beta` and `lam` stand in Eq. 10 and 19, and phi(s) = exp(-sharpness (1-s)). `search` chooses lam, and
+    Tip-Adapter's sharpness, below `max_lam` and `max_sharpness`. With `region="bbox"` the object is the box around the
+    region. `new_layer="light"` is a random Phi_O of one head and a linear layer for the MLP, as in the authors' later
+    code (3,482,112). With `share_adapters=False` f and f_O have a p and a q each, as there. The cache is the mean of
     `cache_views` augmented views of each picture. prepare() builds it; before that path 2 adds nothing.
     """
 
@@ -68,13 +80,13 @@ class FGVPL(Method):
         optimizer="adamw", eps=1e-4, weight_decay=0.01, lr=0.001, cosine="steps", warmup_epochs=0, batch_size=256,
         drop_last=False, crop_scale=(0.5, 1.0), epochs=100,
         datasets={"imagenet": dict(epochs=50, templates=SEVEN), "eurosat": dict(epochs=400)},
-        variants={"parts=tip": dict(epochs=0, datasets={"imagenet": dict(templates=SEVEN)}),
-                  "parts=tip-f": dict(epochs=20, datasets={"imagenet": dict(templates=SEVEN),
-                                                           "eurosat": dict(epochs=100)})},
+        variants={"parts=tip": dict(epochs=0, datasets=TIP),
+                  "parts=tip-f": dict(epochs=20, datasets=TIP | {"eurosat": TIP["eurosat"] | dict(epochs=100)})},
     )
 
     def __init__(self, clip, classnames, templates=("a photo of a {}.",), *, parts="fvp+tar", alpha=0.05, beta=0.5,
-                 lam=1.0, region="component", new_layer="copy", share_adapters=True, cache_views=10):
+                 lam=1.0, sharpness=1.0, search=False, max_lam=3.0, max_sharpness=7.0, region="component",
+                 new_layer="copy", share_adapters=True, cache_views=10):
         super().__init__(clip, classnames, templates)
         if parts not in ("fvp+tar", "fvp", "tar", "tip", "tip-f"):
             raise UserError(f"parts is {parts}: choose fvp+tar, fvp, tar, tip or tip-f.")
@@ -82,7 +94,10 @@ class FGVPL(Method):
             raise UserError(f"region is {region} and new_layer {new_layer}: choose component or bbox, copy or light.")
         if cache_views < 1:
             raise UserError(f"cache_views is {cache_views}: choose 1 or more.")
-        self.alpha, self.beta, self.lam = alpha, beta, lam
+        self.alpha, self.beta = alpha, beta
+        self.search, self.max_lam, self.max_sharpness = search, max_lam, max_sharpness
+        self.lam = nn.Buffer(self.zero_shot.new_tensor(lam), persistent=search)  # what was found is saved
+        self.sharpness = nn.Buffer(self.zero_shot.new_tensor(sharpness), persistent=search)
         self.parts, self.region, self.cache_views = parts, region, cache_views
         self.has_object, self.has_adapters, self.has_cache = "fvp" in parts, "tar" in parts, parts != "fvp"
         visual, joint, device = clip.visual, self.zero_shot.shape[1], self.zero_shot.device
@@ -102,9 +117,8 @@ class FGVPL(Method):
             number = 2 if self.has_object and not share_adapters else 1
             self.p = nn.ModuleList(nn.Linear(joint, joint) for _ in range(number)).to(device)
             self.q = nn.ModuleList(nn.Linear(joint, joint) for _ in range(number)).to(device)
-        if self.has_cache:
-            empty = self.zero_shot.new_zeros(1 + self.has_object, 0, joint)
-            self.set_cache(empty, torch.zeros(0, dtype=torch.long, device=device))
+        empty = self.zero_shot.new_zeros(1 + self.has_object, 0, joint)
+        self.set_cache(empty, torch.zeros(0, dtype=torch.long, device=device))
 
     # ---- The image encoder ----
 
@@ -156,8 +170,8 @@ class FGVPL(Method):
 
     def set_cache(self, keys, labels):
         """keys (1 or 2, n, E): F and, with the object branch, F_O, unit rows; labels (n,)."""
-        self.keys = nn.Parameter(keys) if self.parts == "tip-f" else nn.Buffer(keys)
-        self.labels = nn.Buffer(labels)
+        self.keys = nn.Parameter(keys) if self.parts == "tip-f" else nn.Buffer(keys, persistent=self.has_cache)
+        self.labels = nn.Buffer(labels, persistent=self.has_cache)
 
     @torch.no_grad()
     def prepare(self, batches, val=()):
@@ -212,29 +226,55 @@ class FGVPL(Method):
         with full_precision(self.zero_shot.device):
             return self.zero_shot + self.alpha * adapt(self.p[side], self.zero_shot)  # Eq. 10
 
-    def classify(self, f, side, text):
-        """f or f_O (B, E), w_new (K, E) -> path 1 + lambda path 2 (B, K)."""
-        f = F.normalize(f.float(), dim=-1)
-        logits = self.clip.logit_scale.exp() * f @ text.T  # Eq. 11-12
-        if not self.has_cache:
-            return logits
-        keys = self.keys[side]  # (n, E)
+    def compare(self, f, side, text):
+        """f or f_O (B, E), w_new (K, E) -> path 1 (B, K), and the cosines of path 2 with the cache (B, n)."""
+        f, keys = F.normalize(f.float(), dim=-1), self.keys[side]  # (B, E), (n, E)
+        path_1 = self.clip.logit_scale.exp() * f @ text.T  # Eq. 11-12
         if self.has_adapters:
             f, keys = (F.normalize(u + adapt(self.q[side], u), dim=-1) for u in (f, keys))  # Eq. 13-16
-        affinity = torch.exp(f @ keys.T - 1)  # (B, n), phi
-        return logits + self.lam * torch.zeros_like(logits).index_add(1, self.labels, affinity)  # Eq. 17-18: @ L
+        return path_1, f @ keys.T
 
-    def forward(self, images, text=None):
-        """images (B, 3, R, R), text (K, E) or None to compute it -> logits (B, K)."""
+    def pathways(self, images, text=None):
+        """-> what compare() gives for f and, with the object branch, for f_O. Shapes as in forward()."""
         text = self.encode_text() if text is None else text
         features = self.encode_image_and_object(images)
         with full_precision(images.device):  # the adapters too: in half precision they lose their small steps
-            logits = self.classify(features[0], 0, text)
+            pathways = [self.compare(features[0], 0, text)]
             if self.has_object:
                 if self.has_adapters and len(self.p) == 2:  # the object's text has a p of its own
                     text = self.encode_text(-1)
-                logits = logits + self.beta * self.classify(features[1], -1, text)  # Eq. 19
-        return logits
+                pathways.append(self.compare(features[1], -1, text))
+        return pathways
+
+    def combine(self, pathways, lam, sharpness):
+        """pathways() and two constants -> logits (B, K), or (A, B, K) for lam (A, 1, 1)."""
+        logits = []
+        for path_1, cosines in pathways:
+            affinity = torch.exp(sharpness * (cosines - 1))  # (B, n), phi
+            path_2 = torch.zeros_like(path_1).index_add(1, self.labels, affinity)  # Eq. 17-18: @ L
+            logits.append(path_1 + lam * path_2)
+        return logits[0] + self.beta * logits[1] if self.has_object else logits[0]  # Eq. 19
+
+    def forward(self, images, text=None):
+        """images (B, 3, R, R), text (K, E) or None to compute it -> logits (B, K)."""
+        return self.combine(self.pathways(images, text), self.lam, self.sharpness)
+
+    @torch.no_grad()
+    def finish(self, val=()):
+        """With `search`: take lam and sharpness by the pictures recognised, of equals the smallest. See Method."""
+        if not (self.search and self.has_cache and len(val)):
+            return
+        lams, right = search_values(self.max_lam, 20).to(self.lam.device), 0
+        # FG-VPL, which has adapters, has lambda alone.
+        sharpnesses = self.sharpness.view(1) if self.has_adapters else search_values(self.max_sharpness, 200)
+        for images, labels in val:
+            pathways = self.pathways(images)
+            predicted = torch.stack([self.combine(pathways, lams.view(-1, 1, 1), sharpness).argmax(dim=-1)
+                                     for sharpness in sharpnesses.tolist()])  # (200 or 1, 20, B)
+            right = right + (predicted == labels).sum(dim=-1)
+        best_sharpness, best_lam = divmod(right.argmax().item(), len(lams))
+        self.sharpness.fill_(sharpnesses[best_sharpness].item())
+        self.lam.fill_(lams[best_lam])
 
     @torch.no_grad()
     def attention(self, images):
@@ -246,6 +286,11 @@ class FGVPL(Method):
 def adapt(adapter, u):
     """p and q: unit rows (..., E) -> what is added to them, made unit."""
     return F.normalize(F.leaky_relu(adapter(u), 0.2), dim=-1)
+
+
+def search_values(end, steps):
+    """-> (steps,), evenly spaced from 0.1 on, without the end, as in Tip-Adapter's code."""
+    return 0.1 + (end - 0.1) / steps * torch.arange(steps)
 
 
 # ---- The object: maps and masks (B, N) of a square grid, for a whole batch at once, on any device ----

@@ -236,7 +236,7 @@ class PlainFGVPL(Plain):
         y = x + method.layer.attn(h, h, h, key_padding_mask=~seen, need_weights=False)[0]
         f, f_o = self.project(blocks[-1](x)), self.project(y + method.layer.mlp(method.layer.ln_2(y)))
         text = method.encode_text()
-        return method.classify(f, 0, text) + method.beta * method.classify(f_o, -1, text)
+        return method.combine([method.compare(f, 0, text), method.compare(f_o, -1, text)], method.lam, method.sharpness)
 
 
 PLAIN = {"zeroshot": Plain, "coop": PlainCoOp, "vpt": PlainVPT, "vlp": PlainVLP, "dpt": PlainDPT, "upt": PlainUPT,

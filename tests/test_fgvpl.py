@@ -37,6 +37,7 @@ OPTIONS = [
     dict(parts="fvp"), dict(parts="fvp", beta=0.9, region="bbox", new_layer="light"),
     dict(parts="tar"), dict(parts="tar", share_adapters=False, alpha=0.3, lam=2.0),
     dict(parts="tip"), dict(parts="tip", lam=5.0), dict(parts="tip-f"), dict(parts="tip-f", lam=5.0),
+    dict(parts="tip", lam=3.0, sharpness=5.5),
 ]  # fmt: skip
 
 
@@ -210,8 +211,8 @@ def literal_adapted(linear, u):
     return unit(torch.where(h > 0, h, 0.2 * h))
 
 
-def literal_logits(method, cache, parts="fvp+tar", alpha=0.05, beta=0.5, lam=1.0, region="component",
-                   new_layer="copy", share_adapters=True, **_):
+def literal_logits(method, cache, parts="fvp+tar", alpha=0.05, beta=0.5, lam=1.0, sharpness=1.0,
+                   region="component", new_layer="copy", share_adapters=True, **_):
     """cache: F and F_O."""
     clip, total = method.clip, []
     features = literal_features(method, IMAGES, region, heads=1 if new_layer == "light" else 2)
@@ -226,7 +227,7 @@ def literal_logits(method, cache, parts="fvp+tar", alpha=0.05, beta=0.5, lam=1.0
                 keys, one_hot = cache[stream], torch.eye(len(NAMES))[SHOTS]  # L
                 if "tar" in parts:
                     f, keys = (unit(u + literal_adapted(method.q[adapter], u)) for u in (f, keys))
-                row = row + lam * (-(1 - keys @ f)).exp() @ one_hot
+                row = row + lam * (-sharpness * (1 - keys @ f)).exp() @ one_hot
             rows.append(row)
         total.append(torch.stack(rows))
     return total[0] + beta * total[1] if len(total) == 2 else total[0]
@@ -711,6 +712,94 @@ def test_without_a_cache_other_classes_need_no_columns(clip):
     assert_equal(method.for_classes(NAMES[3:])(IMAGES), method(IMAGES)[:, 3:])
 
 
+# ---- The search ----
+
+
+class Val(list):
+    """Batches of validation pictures that count how often they are walked through."""
+
+    walks = 0
+
+    def __iter__(self):
+        self.walks += 1
+        return super().__iter__()
+
+
+def validation(seed=5):
+    images = picture(40, 7) + 0.8 * picture(40, 7, seed=seed)
+    return Val(zip(images.split(4), SHOTS.split(4), strict=True))
+
+
+def literal_search(method, val, sharpnesses, max_lam):
+    """Tip-Adapter's two loops -> the best (sharpness, lam), of equals the first; the accuracy of each."""
+    logits, features, labels = method.clip.logits, [], torch.cat([labels for _, labels in val])
+    features = torch.cat([method.clip.encode_image(images) for images, _ in val])
+    one_hot, cosines = torch.eye(len(NAMES))[SHOTS], unit(features) @ method.keys[0].detach().T
+    found, right = (), {}
+    for sharpness in sharpnesses:
+        cache = (-sharpness * (1 - cosines)).exp() @ one_hot
+        for i in range(20):
+            lam = 0.1 + i * (max_lam - 0.1) / 20
+            predicted = (logits(features, method.zero_shot) + lam * cache).argmax(dim=1)
+            right[sharpness, lam] = int((predicted == labels).sum())
+            if not found or right[sharpness, lam] > right[found]:
+                found = sharpness, lam
+    return found, right
+
+
+@pytest.mark.parametrize("parts", ["tip", "tip-f"])
+def test_the_search_is_tip_adapters_two_loops(parts, clip):
+    clip.logit_scale.data.fill_(1.0)  # so that the cache decides
+    method = trained(clip, parts=parts, search=True, max_lam=13.0, max_sharpness=30.0)
+    val = validation()
+    expected, right = literal_search(method, val, [0.1 + i * (30 - 0.1) / 200 for i in range(200)], 13.0)
+    assert len(set(right.values())) > 1 and expected not in ((0.1, 0.1), (1.0, 1.0)), "the pictures must tell"
+    keys = method.keys.detach().clone()
+    val.walks = 0
+    method.finish(val)
+    assert (float(method.sharpness), float(method.lam)) == pytest.approx(expected, rel=1e-5)
+    assert val.walks == 1 and torch.equal(method.keys, keys)
+    found = sum(int((method(images).argmax(1) == labels).sum()) for images, labels in val)
+    assert found == right[expected] == max(right.values())
+
+
+@pytest.mark.parametrize("parts", ["fvp+tar", "tar"])
+def test_fg_vpl_searches_lambda_alone_among_the_same_values(parts, clip):
+    clip.logit_scale.data.fill_(1.0)
+    method, val = trained(clip, parts=parts, search=True, max_lam=13.0), validation()
+    right = []
+    for i in range(20):
+        method.lam.fill_(0.1 + i * (13 - 0.1) / 20)
+        right.append(sum(int((method(images).argmax(1) == labels).sum()) for images, labels in val))
+    assert len(set(right)) > 1
+    method.finish(val)
+    assert float(method.lam) == pytest.approx(0.1 + right.index(max(right)) * 12.9 / 20) and method.sharpness == 1
+
+
+@pytest.mark.parametrize("options, val", [(dict(search=True), []), (dict(search=True, parts="tip"), ()),
+                                          (dict(), validation()), (dict(parts="tip"), validation()),
+                                          (dict(search=True, parts="fvp"), validation())], ids=str)
+def test_without_a_search_or_pictures_the_constants_stay(options, val, clip):
+    method = trained(clip, lam=0.7, sharpness=1.5, **options)
+    before = method(IMAGES)
+    method.finish(val)
+    assert (float(method.lam), float(method.sharpness)) == pytest.approx((0.7, 1.5)) and before.equal(method(IMAGES))
+    saved = {"lam", "sharpness"} & method.learned().keys()
+    assert saved == ({"lam", "sharpness"} if options.get("search") else set())
+
+
+def test_what_was_found_is_saved_and_goes_along_to_other_classes(clip):
+    method = trained(clip, parts="tip", search=True)
+    method.lam.fill_(7.5)
+    method.sharpness.fill_(3.25)
+    other = FGVPL(clip, NAMES, parts="tip", search=True, lam=2.0).eval()
+    other.load_learned({name: tensor.clone() for name, tensor in method.learned().items()})
+    assert (float(other.lam), float(other.sharpness)) == (7.5, 3.25) and other(IMAGES).equal(method(IMAGES))
+    some = method.for_classes([NAMES[4], NAMES[2]], [4, 2])
+    assert (float(some.lam), float(some.sharpness)) == (7.5, 3.25)
+    assert_equal(some(IMAGES), method(IMAGES)[:, [4, 2]])
+
+
 # ---- What learns ----
 
 
@@ -910,6 +999,8 @@ def test_a_wrong_option_says_what_to_choose(options, message, clip):
 # ---- The recipe ----
 
 
+TIP = {name: dict(lam=lam, max_lam=max_lam, max_sharpness=max_sharpness) for name, lam, max_lam, max_sharpness in (
+    ("dtd", 2, 13, 13), ("imagenet", 1.17, 3, 7), ("eurosat", 2, 10, 12))}  # its configuration files
 SEVEN = ["itap of a {}.", "a bad photo of the {}.", "a origami {}.", "a photo of the large {}.",
          "a {} in a video game.", "art of the {}.", "a photo of the small {}."]  # Table 1
 EPOCHS = [
@@ -923,13 +1014,27 @@ EPOCHS = [
 def test_the_recipe_is_the_papers(options, dtd, imagenet, eurosat, shots):
     names = ("dtd", "imagenet", "eurosat")
     recipes, of_data = zip(*(train.resolve_recipe(FGVPL.recipe, options, name, shots) for name in names), strict=True)
-    assert of_data == ({}, {}, {})
+    assert of_data == tuple(TIP[name] if "tip" in options.get("parts", "") else {} for name in names)
     assert [recipe["epochs"] for recipe in recipes] == [dtd, imagenet, eurosat]
     assert [list(recipe.get("templates", [])) for recipe in recipes] == [[], SEVEN, []]
     for recipe in recipes:
         assert (recipe["optimizer"], recipe["lr"], recipe["cosine"]) == ("adamw", 0.001, "steps")
         assert (recipe["batch_size"], recipe["drop_last"], recipe["warmup_epochs"]) == (256, False, 0)
         assert (recipe["eps"], recipe["weight_decay"], recipe["crop_scale"]) == (1e-4, 0.01, (0.5, 1.0))
+
+
+def test_tip_adapters_constants_are_those_of_its_configurations():
+    alphas = dict(imagenet=1.17, caltech101=3, dtd=2, eurosat=2, fgvc_aircraft=5, food101=1.17, oxford_flowers=10,
+                  oxford_pets=1.17, stanford_cars=3, sun397=1.17, ucf101=3)
+    for name, alpha in alphas.items():
+        for parts in ("tip", "tip-f"):
+            _, options = train.resolve_recipe(FGVPL.recipe, dict(parts=parts), name, 16)
+            assert options["lam"] == alpha <= options["max_lam"] <= options["max_sharpness"] <= 50
+            assert options.keys() == {"lam", "max_lam", "max_sharpness"} <= FGVPL.default_options().keys()
+        assert train.resolve_recipe(FGVPL.recipe, dict(parts="tar"), name, 16)[1] == {}
+    args = train.parse_arguments(["--set", "parts=tip", "search=true", "sharpness=5.5"])
+    options = train.resolve_settings(args, "oxford_flowers", "fgvpl", 16, 1).options
+    assert (options["lam"], options["sharpness"], options["search"], options["max_lam"]) == (10, 5.5, True, 50)
 
 
 def test_seven_templates_are_averaged_as_unit_features(clip):
@@ -943,7 +1048,7 @@ class FewShot:
     def __len__(self):
         return 3
 
-    def epoch(self, number):
+    def epoch(self, number, *_):
         return iter([(IMAGES[:2], LABELS[:2])] * 3)
 
 

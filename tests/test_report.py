@@ -1,9 +1,12 @@
 """What report.py promises: the table of all runs, its curves, and what one run shows. All data are made here."""
 
 import csv
+import io
 import json
 import math
 import shutil
+import struct
+import zlib
 from dataclasses import asdict, replace
 
 import pytest
@@ -14,6 +17,7 @@ from PIL import Image, ImageColor
 import data
 import report
 import train
+from clip_min import read_safetensors
 from coop import CoOp
 
 COLOURS = {"red": (220, 40, 40), "green": (40, 200, 60), "blue": (50, 60, 220)}
@@ -34,14 +38,14 @@ def draw(folder, count, names=COLOURS, seed=0):
 
 
 def write_run(out, accuracy, method="upt", data_name="dtd", shots=16, seed=1, zero_shot=44.4, shifts=None, sets=(),
-              **changes):
+              flags=(), results=None, **changes):
     """The result.json of a run with these settings, as far as report.py reads it."""
-    args = train.parse_arguments(["--set", *sets] if sets else [])
+    args = train.parse_arguments([*flags, *(["--set", *sets] if sets else [])])
     settings = replace(train.resolve_settings(args, data_name, method, shots, seed), **changes)
     folder = out / settings.folder
     folder.mkdir(parents=True)
     result = asdict(settings) | dict(zero_shot=zero_shot, accuracy=accuracy, shifts=shifts or {}, losses=[1.0])
-    (folder / "result.json").write_text(json.dumps(result))
+    (folder / "result.json").write_text(json.dumps(result | (results or {})))
     return folder
 
 
@@ -165,6 +169,10 @@ def test_curves_begin_at_zero_shot_and_all_pictures_stand_behind_every_number_of
         "ucf101": {upt: {0: [30.4], 16: [50.0]}}, "imagenet": {fgvpl: {0: [68.0], 16: [70.0]}}}]
 
 
+def result(run):
+    return json.loads((run / "result.json").read_text())
+
+
 def pixels(path, colour):
     """-> the places (x, y) of a colour in a picture."""
     with Image.open(path) as image:
@@ -202,7 +210,98 @@ def test_the_picture_has_a_panel_for_each_set(tmp_path):
     for sets, size in ("a", (1680, 640)), ("abc", (2520, 640)), ("abcde", (3360, 1280)):
         report.draw_curves({name: {"upt": curve} for name in sets}, tmp_path / "c.png")
         with Image.open(tmp_path / "c.png") as image:
-            assert image.size == (size[0], size[1] + 120)
+            assert image.size == (size[0], size[1] + 60)
+
+
+def test_marks_of_a_scale_are_round_and_span_the_values():
+    assert report.round_numbers([40.0, 62.0]) == [40, 45, 50, 55, 60, 65]
+    assert report.round_numbers([0, 53.0, -7.5]) == [-20, 0, 20, 40, 60]
+    assert report.round_numbers([0.31, 0.34]) == pytest.approx([0.31, 0.32, 0.33, 0.34, 0.35])
+    assert len(report.round_numbers([5.0])) >= 2  # a scale of one value has an extent, too
+
+
+def test_base_to_new_has_columns_of_its_own_and_rows_that_are_no_others(tmp_path, capsys):
+    write_run(tmp_path, 60.0)
+    halves = dict(base=80.0, new=60.0, harmonic_mean=68.57)
+    write_run(tmp_path, 80.0, zero_shot=55.5, flags=["--base-to-new"], results=dict(base_to_new=halves))
+    head, *rows = table(tmp_path, capsys)
+    assert head[3:] == ["dtd", "dtd: base", "dtd: harmonic mean", "dtd: new"]  # and no average over the two
+    cells = {row[0]: [cell.partition(";")[0] for cell in row[3:]] for row in rows}
+    assert cells == {"zeroshot": ["44.40", "", "", ""], "upt": ["60.00", "", "", ""],
+                     "zeroshot base_to_new=true": ["", "55.50", "", ""],
+                     "upt base_to_new=true": ["", "80.00", "68.57", "60.00"]}
+    assert not any("UPT" in cell for row in rows if "base_to_new" in row[0] for cell in row)  # papers test all classes
+    for flags in [], ["--base-to-new"]:
+        write_run(tmp_path / "drawn", 80.0, data_name="shapes", flags=flags,
+                  results=dict(base_to_new=halves if flags else {}))
+    assert table(tmp_path / "drawn", capsys)[0][3:] == ["shapes", *(f"shapes: {part}" for part in
+                                                                    ("base", "harmonic mean", "new"))]
+
+
+def test_zero_shot_with_the_users_templates_has_a_row_of_its_own(tmp_path, capsys):
+    write_run(tmp_path, 60.0)
+    write_run(tmp_path, 61.0, zero_shot=50.0, flags=["--template", "a drawing of a {}."])
+    cells = {row[0]: row[3].partition(";")[0] for row in table(tmp_path, capsys)[1:]}
+    assert cells == {"zeroshot": "44.40", "upt": "60.00", "zeroshot template=a drawing of a {}.": "50.00",
+                     "upt template=a drawing of a {}.": "61.00"}
+
+
+def test_a_result_of_an_older_version_without_a_setting_is_left_out(tmp_path, capsys):
+    write_run(tmp_path, 60.0)
+    folder = write_run(tmp_path, 61.0, seed=2)
+    old = {key: value for key, value in result(folder).items() if key != "templates"}
+    (folder / "result.json").write_text(json.dumps(old))
+    assert table(tmp_path, capsys)[2][3].startswith("60.00;")
+
+
+def test_gains_are_bars_as_long_as_the_gain(tmp_path):
+    report.draw_gains({"upt": {"dtd": 20.0, "ucf101": 10.0}, "vpt": {"dtd": -10.0}}, tmp_path / "g.png")
+    upt, vpt = (pixels(tmp_path / "g.png", colour) for colour in report.COLOURS[:2])
+    lengths = []
+    for found in upt, vpt:
+        for middle in sorted({y for _, y in found})[13::27]:
+            row = [x for x, y in found if y == middle]
+            lengths.append(max(row) - min(row))
+    assert [round(length / max(lengths), 2) for length in lengths] == [1.0, 0.5, 0.5]  # the longest comes first
+    assert min(upt)[0] == pytest.approx(max(vpt)[0] - 840, abs=1)  # zero is at the same place in both panels
+    assert min(vpt)[0] > 840 + 100 + 250  # behind the name
+
+
+def test_gains_and_variances_are_drawn_for_the_runs_there_are(tmp_path, capsys, monkeypatch):
+    drawn = {}
+    monkeypatch.setattr(report, "draw_gains", lambda gains, path: drawn.update(gains=gains))
+    monkeypatch.setattr(report, "draw_variances", lambda gains, variances, path: drawn.update(variances=variances))
+    write_run(tmp_path, 50.0, shots=1)
+    write_run(tmp_path, 60.0)
+    write_run(tmp_path, 64.0, seed=2)
+    table(tmp_path, capsys)
+    assert drawn == {"gains": {"upt, ViT-B/16": {"dtd": pytest.approx(62.0 - 44.4)}}}  # of the most shots
+    before = {"image_within_classes": 0.3, "text_between_classes": 0.7}
+    write_run(tmp_path, 70.0, seed=3, results=dict(variance=dict(before=before)))
+    table(tmp_path, capsys)
+    assert drawn["variances"] == {"dtd": {"upt, ViT-B/16": before}}
+
+
+def test_points_stand_at_their_variance_and_gain(tmp_path):
+    variances = {name: {"upt": {"text_between_classes": t, "image_within_classes": v}}
+                 for name, t, v in (("a", 0.12, 0.28), ("b", 0.28, 0.12))}
+    report.draw_variances({"upt": {"a": 0.0, "b": 20.0, "c": 5.0}}, variances, tmp_path / "v.png")
+    found = [(x, y) for x, y in pixels(tmp_path / "v.png", report.COLOURS[0]) if y < 600]
+    # Gains from 0 to 25 on 440 pixels, variances from 0.1 to 0.3 on 640: low left and high right, then the other way.
+    for x, y in (100 + 64, 540), (100 + 576, 188), (940 + 576, 540), (940 + 64, 188):
+        assert (x, y) in found
+    assert not any(abs(y - 452) < 20 for _, y in found)  # of c there is no variance
+
+
+def test_names_of_points_do_not_lie_on_each_other(tmp_path, monkeypatch):
+    written = []
+    monkeypatch.setattr(report, "write", lambda pen, x, y, text, *rest, **more: written.append((text, y)))
+    variances = {name: {"upt": {"text_between_classes": variance, "image_within_classes": 0.4}}
+                 for name, variance in (("a", 0.1), ("b", 0.1), ("c", 0.9))}
+    report.draw_variances({"upt": {"a": 10.0, "b": 10.0, "c": 10.0}}, variances, tmp_path / "v.png")
+    a, b, c, *image = (y for text, y in written if text in ("a", "b", "c"))
+    assert b - a >= 28 and c == a  # which is far away, to the right
+    assert len(image) == 3 and min(y - x for x, y in zip(image, image[1:], strict=False)) >= 28
 
 
 # ---- One run ----
@@ -237,13 +336,16 @@ def test_options_of_predict_are_refused_without_it(tmp_path, capsys):
         assert capsys.readouterr().err == "error: --csv and --threshold are for --predict: give it, too.\n"
 
 
-def result(run):
-    return json.loads((run / "result.json").read_text())
+def test_one_file_is_for_one_run(runs, tmp_path, capsys):
+    for flags in ["--predict", "x.png", "--csv", tmp_path / "a.csv"], ["--export", tmp_path / "a.safetensors"]:
+        start(*runs[:2], *flags, status=2)
+        assert "name one run" in capsys.readouterr().err and not list(tmp_path.glob("a.*"))
 
 
 def write_predictions(run, rows):
     with (run / "predictions.csv").open("w", newline="") as file:
         csv.writer(file).writerows([("picture", "class", "predicted class", "probability"), *rows])
+    (run / "result.json").write_text(json.dumps(result(run) | dict(test_images=len(rows))))
 
 
 def test_every_finished_run_is_in_the_table(world, capsys):
@@ -286,12 +388,46 @@ def test_only_the_ten_worst_classes_are_printed_and_all_are_written(runs, capsys
 
 
 @pytest.mark.parametrize("content", ["", "picture,class,predicted class,probability\n", "a,b\n1,2\n",
-                                     "picture,class,predicted class,probability\nx.png,red\n", "\0\0"], ids=repr)
+                                     "picture,class,predicted class,probability\nx.png,red\n", "\0\0",
+                                     "picture,class,predicted class,probability\nx.png,red,red,nan\n"], ids=repr)
 def test_broken_predictions_are_one_sentence(runs, capsys, content):
     (runs[0] / "predictions.csv").write_text(content)
     for flags in [], ["--mistakes"]:
         start(runs[0], *flags, status=2)
         assert str(runs[0] / "predictions.csv") in capsys.readouterr().err
+
+
+def test_truncated_predictions_are_one_sentence(runs, capsys):
+    content = (runs[0] / "predictions.csv").read_bytes()
+    end = content[:-2].rindex(b"\n") + 1  # where the last line begins
+    for length in end, end - 9, end + 12:
+        (runs[0] / "predictions.csv").write_bytes(content[:length])
+        for flags in [], ["--mistakes"]:
+            start(runs[0], *flags, status=2)
+            assert capsys.readouterr().err.count("predictions.csv cannot be read as the predictions of a run") == 1
+
+
+@pytest.mark.parametrize("change", ["nan", dict(precision="x"), dict(changed=3), dict(recipe=3, tensors=3)], ids=str)
+def test_a_prompt_file_with_nonsense_in_it_is_one_sentence(runs, capsys, change):
+    saved = torch.load(runs[0] / "prompts.pt", weights_only=True)
+    if change == "nan":
+        saved["tensors"]["ctx"][0, 0] = math.nan
+    else:
+        saved |= change
+    torch.save(saved, runs[0] / "prompts.pt")
+    start(runs[0], "--predict", "x.png", status=2)
+    err = capsys.readouterr().err
+    assert err.startswith("error: ") and len(err.splitlines()) == 1 and str(runs[0]) in err
+    assert change != "nan" or "not finite" in err
+
+
+def test_a_prompt_file_that_is_truncated_is_one_sentence(runs, capsys):
+    content = (runs[0] / "prompts.pt").read_bytes()
+    for length in 0, 100, len(content) // 2, len(content) - 1:
+        (runs[0] / "prompts.pt").write_bytes(content[:length])
+        start(runs[0], status=2)
+        err = capsys.readouterr().err
+        assert len(err.splitlines()) == 1 and str(runs[0] / "prompts.pt") in err
 
 
 def test_the_words_near_the_contexts_are_those_they_were_made_of():
@@ -338,14 +474,32 @@ def test_mistakes_are_shown_from_the_most_confident_on(runs, capsys):
     assert "no mistake" in capsys.readouterr().err
 
 
+def write_bomb(path):
+    """A small file whose header promises 40,000 by 40,000 pixels."""
+    content = io.BytesIO()
+    Image.new("L", (4, 4)).save(content, "PNG")
+    header = b"IHDR" + struct.pack(">II", 40_000, 40_000) + content.getvalue()[24:29]
+    path.write_bytes(content.getvalue()[:12] + header + struct.pack(">I", zlib.crc32(header)) + content.getvalue()[33:])
+
+
+@pytest.mark.parametrize("flag", ["--attention", "--prompt-attention"])
+def test_a_picture_bomb_is_one_sentence(runs, tmp_path, capsys, flag):
+    write_bomb(tmp_path / "bomb.png")
+    start(runs[1], flag, tmp_path / "bomb.png", status=2)
+    err = capsys.readouterr().err
+    assert "bomb.png cannot be read as a picture (DecompressionBombError" in err and len(err.splitlines()) == 1
+
+
 def test_new_pictures_are_predicted_as_the_method_does_and_broken_ones_named(world, runs, tmp_path, capsys):
     draw(tmp_path / "new", 2, ["red", "green"])
     (tmp_path / "new" / "broken.png").write_bytes(b"no picture")
+    write_bomb(tmp_path / "new" / "bomb.png")
     (tmp_path / "new" / "notes.txt").write_text("not looked at")
     missing, table_file = tmp_path / "missing.png", tmp_path / "p.csv"
     start(runs[0], "--predict", tmp_path / "new", missing, "--csv", table_file, status=1)
     out, err = capsys.readouterr()
     assert str(tmp_path / "new" / "broken.png") in err and str(missing) in err and len(out.splitlines()) == 4
+    assert str(tmp_path / "new" / "bomb.png") in err and len(err.splitlines()) == 4  # one for the file that is saved
     with table_file.open(newline="") as file:
         head, *rows = csv.reader(file)
     assert head[:3] == ["picture", "class 1", "probability 1"] and len(rows) == 4
@@ -464,3 +618,130 @@ def test_a_folder_that_is_no_run_is_an_error(tmp_path, capsys):
 def test_the_training_program_does_not_need_the_report():
     imported = {getattr(value, "__name__", "") for value in vars(train).values()}
     assert "data" in imported and "report" not in imported
+
+
+# ---- The papers' figures, and the classifier for others ----
+
+
+def test_features_are_drawn_for_zero_shot_and_the_run_side_by_side(world, runs, capsys):
+    start(runs[1], "--root", world, "--features", "red", "blue")
+    with Image.open(runs[1] / "features.png") as image:
+        assert image.size == (1680, 900 + 2 * 40 + 20)
+        left, right = (image.crop((x + 110, 110, x + 790, 790)).tobytes() for x in (0, 840))
+    assert left != right
+    for side in 450, 1290:  # less their mean, two vectors are opposite: their ends lie around the origin
+        ends = [(x, y) for x, y in pixels(runs[1] / "features.png", "black") if abs(x - side) < 350 and 100 < y < 800]
+        assert sum(x for x, _ in ends) / len(ends) == pytest.approx(side, abs=4)
+        assert sum(y for _, y in ends) / len(ends) == pytest.approx(450, abs=4)
+    for colour in report.COLOURS[:2]:
+        assert {x < 820 for x, y in pixels(runs[1] / "features.png", colour) if y < 800} == {True, False}
+    assert not pixels(runs[1] / "features.png", report.COLOURS[2])
+
+
+def test_features_are_of_classes_that_there_are(runs, capsys):
+    start(runs[0], "--features", "red", "puce", status=2)
+    assert "blue, green, red" in capsys.readouterr().err
+    start(runs[0], "--features")  # without names the first ten
+    with Image.open(runs[0] / "features.png") as image:
+        assert image.height == 900 + 3 * 40 + 20
+
+
+def test_features_of_a_class_alone_and_of_none(runs, capsys, monkeypatch):
+    start(runs[0], "--features", "red")
+    assert pixels(runs[0] / "features.png", report.COLOURS[0])
+    load = data.load
+    monkeypatch.setattr(data, "load", lambda *args, **more: replace(load(*args, **more), test=load(*args).test[:1]))
+    start(runs[0], "--features", "blue")  # a single picture
+    start(runs[0], "--features", "red", status=2)
+    assert "no test pictures of these classes" in capsys.readouterr().err
+
+
+def test_features_are_those_of_the_classes_named_with_their_variances(runs, monkeypatch):
+    seen, variance, written = [], report.inter_class_variance, []
+    monkeypatch.setattr(report, "inter_class_variance", lambda text: seen.append(text) or variance(text))
+    monkeypatch.setattr(report, "write", lambda pen, x, y, text, *rest: written.append(text))
+    start(runs[0], "--features", "red", "blue")
+    method = train.load_run(runs[0], "cpu")
+    with torch.no_grad():
+        text = torch.nn.functional.normalize(method.encode_text(), dim=-1)
+    rows = [method.classnames.index(name) for name in ("red", "blue")]
+    torch.testing.assert_close(seen[1], text[rows])
+    torch.testing.assert_close(seen[0], method.zero_shot[rows])
+    assert {"red", "blue", "zero-shot", "coop epochs=2"} <= set(written) and "green" not in written
+    assert [f"Var_t {variance(x):.3f}" for x in seen] == [x.partition(", ")[2] for x in written if "Var_v" in x]
+
+
+def test_prompt_attention_has_a_column_for_each_visual_prompt(world, tmp_path, capsys):
+    flags = ["--data", f"{world / 'photos'}", "--backbone", f"{world / 'weights.pt'}", "--shots", "1", "--epochs", "1",
+             "--device", "cpu", "--out", f"{tmp_path}"]
+    assert train.main([*flags, "--method", "vpt", "upt", "dpt", "coop"]) == 0
+    pictures, seen = [world / "photos" / name / "00.png" for name in ("red", "blue")], {}
+    for folder in sorted(path.parent for path in tmp_path.rglob("result.json")):
+        name = result(folder)["method"]
+        start(folder, "--prompt-attention", *pictures, status=2 if name == "coop" else 0)
+        if name != "coop":
+            with Image.open(folder / "prompt_attention.png") as sheet:
+                seen[name] = sheet.width // (report.SIDE + 30), sheet.height
+    height = 50 + 2 * (report.SIDE + 62)
+    assert seen == {"vpt": (11, height), "upt": (5, height), "dpt": (4, height)}  # 10, 4 prompts, 3 classes' prompts
+    assert "no visual prompts" in capsys.readouterr().err
+
+
+def test_prompt_attention_is_what_patches_would_give_to_the_prompt(world, runs, monkeypatch):
+    shown = []
+    monkeypatch.setattr(report, "overlay", lambda picture, values: shown.append(values) or picture)
+    start(runs[1], "--prompt-attention", world / "photos" / "red" / "00.png")
+    method, image = train.load_run(runs[1], "cpu"), report.preprocess(32)(data.read(world / "photos/red/00.png"))
+    with torch.no_grad():
+        z = method.run_blocks(method.embed(image.unsqueeze(0)))[0]  # (1, 1+4+1, D), the prompt is the last token
+        block = method.clip.visual.blocks[-1]
+        h = block.ln_1(z)
+        q, (k, _) = block.attn.query(h), block.attn.key_value(h)
+        weights = torch.stack([(q[0, head] @ k[0, head].T / 8).softmax(dim=1) for head in range(2)]).mean(dim=0)
+    torch.testing.assert_close(shown[0], weights[1:5, 5])
+    assert len(shown) == 1
+
+
+EXPORTED = {"zeroshot", "coop", "prograd"}
+
+
+@pytest.mark.parametrize("name", train.METHODS)
+def test_a_classifier_is_exported_where_clip_with_it_predicts_as_the_method(name, tmp_path, capsys):
+    torch.manual_seed(0)
+    method, images = train.METHODS[name](random_clip(), ["cat", "dog", "cow"]).eval(), torch.randn(4, 3, 32, 32)
+    with torch.no_grad():
+        for tensor in method.learned().values():
+            if tensor.is_floating_point():
+                tensor.add_(0.3 * torch.randn_like(tensor))  # as after a training
+        method.prepare([(images, torch.tensor([0, 1, 2, 0]))])
+    args = train.parse_arguments(["--backbone", "tiny"])
+    settings = train.resolve_settings(args, "shapes", name, 16, 1)
+    run, path = report.Run(tmp_path, settings, {}, method, train.Machine(torch.device("cpu"), None, 0)), tmp_path / "c"
+    clip = method.clip
+    with torch.no_grad():
+        features = torch.nn.functional.normalize(clip.encode_image(images), dim=-1)
+        text = torch.nn.functional.normalize(method.encode_text().float(), dim=-1)
+        is_same = torch.allclose(clip.logit_scale.exp() * features @ text.T, method(images), atol=1e-3)
+    assert is_same == (name in EXPORTED)
+    if name not in EXPORTED:
+        with pytest.raises(report.UserError, match=f"{name} changes more of CLIP than the classifier"):
+            report.export(run, path)
+        assert not path.exists()
+        return
+    report.export(run, path)
+    with path.open("rb") as file:
+        torch.testing.assert_close(read_safetensors(file), {"classifier": text})
+    assert int.from_bytes(path.read_bytes()[:8], "little") % 8 == 0  # so that the numbers can be mapped into memory
+
+
+def test_the_exported_file_is_read_by_safetensors_and_holds_what_is_needed(runs, tmp_path):
+    safetensors = pytest.importorskip("safetensors")
+    start(runs[0], "--export", tmp_path / "c.safetensors")
+    with safetensors.safe_open(tmp_path / "c.safetensors", "pt") as file:
+        classifier, notes = file.get_tensor("classifier"), file.metadata()
+    method, images = train.load_run(runs[0], "cpu"), torch.randn(4, 3, 32, 32)
+    with torch.no_grad():
+        features = torch.nn.functional.normalize(method.clip.encode_image(images), dim=-1)
+        torch.testing.assert_close(float(notes["logit_scale"]) * features @ classifier.T, method(images))
+    assert json.loads(notes["classnames"]) == method.classnames
+    assert json.loads(notes["templates"]) == list(method.templates) and notes["backbone"] == "weights"

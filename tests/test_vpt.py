@@ -266,7 +266,7 @@ def test_train_py_has_it_with_the_recipe_of_the_paper():
     epochs = [train.resolve_recipe(VPT.recipe, {}, "dtd", shots)[0]["epochs"] for shots in (1, 2, 4)]
     assert epochs == [50, 100, 100]
     imagenet, _ = train.resolve_recipe(VPT.recipe, {}, "imagenet", 16)
-    assert (imagenet["epochs"], imagenet["warmup_epochs"], imagenet["lr"]) == (50, 1, 0.01)
+    assert (imagenet["epochs"], imagenet["warmup_epochs"], imagenet["lr"]) == (50, 10, 0.01)
 
 
 def test_a_negative_number_of_prompts_is_refused(clip):

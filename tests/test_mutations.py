@@ -1,0 +1,240 @@
+"""Broken files and odd texts: every one of some thousand seeded mutations is read as valid values or refused in one
+sentence. Nothing else is raised, nothing hangs, no number that is not finite gets through.
+
+    MUTATIONS=100000 python -m pytest tests/test_mutations.py      # longer, by hand: so many of each kind of file
+"""
+
+import io
+import json
+import math
+import os
+import random
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TINY, random_state_dict
+from PIL import Image
+from test_weights import FORMS, to_transformers, transformers_config
+
+import data
+import train
+from clip_min import CLIP, UserError, encode, load_clip, tokenize
+
+COUNT = int(os.environ.get("MUTATIONS", 300))
+SIZES = TINY | dict(resolution=16, vision_layers=1, vision_width=64, text_layers=1, joint=8)
+ODD_VALUES = [None, True, 0, -1, 1e308, 10**400, math.nan, math.inf, "", "x", "..", "{}", [], [[]], {}, {"a": 1}]
+ODD_CHARACTERS = [*"aZ0 _./\\{}<>|&;'\"\t\n\r", *map(chr, (0, 7, 27, 127, 133, 160, 173, 0x301, 0x200B, 0x2028, 0x202E,
+                                                         0xD800, 0xFEFF, 0xFFFD, 0x1F600, 0x10FFFF, 0x4E00))]
+MARKS = ["<|startoftext|>", "<|endoftext|>", "&amp;", "&#0;", "&#xD800;", "&lt"]
+
+
+class Hang(BaseException):
+    """No reader catches it."""
+
+
+def survives(read, what):
+    """read() ends within ten seconds, with a result or a UserError. -> the result, or None."""
+    def stop(*_):
+        raise Hang(what)
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(10)
+    try:
+        return read()
+    except UserError as error:
+        assert str(error), what
+        return None
+    except (Hang, Exception) as error:
+        raise AssertionError(f"{what}: {type(error).__name__}: {str(error)[:300]}") from error
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def mutate_bytes(rng, content, head=4000):
+    """One to three changes. Half of them are in the head, where a format keeps what it says about itself."""
+    content = bytearray(content)
+    for _ in range(rng.randint(1, 3)):
+        end = max(1, min(len(content), head) if rng.random() < 0.5 else len(content))
+        at, size = rng.randrange(end), rng.choice([1, 2, 8, 64, 1000])
+        kind = rng.choice(["flip", "flip", "cut", "remove", "double", "swap", "noise", "fill"])
+        chunk = content[at : at + size]
+        if kind == "flip" and content:
+            content[min(at, len(content) - 1)] ^= 1 << rng.randrange(8)
+        elif kind == "cut":
+            del content[at:]
+        elif kind == "remove":
+            del content[at : at + size]
+        elif kind == "double":
+            content[at:at] = chunk
+        elif kind == "swap":
+            other = rng.randrange(end)
+            content[at : at + size], content[other : other + size] = content[other : other + size], chunk
+        elif kind == "noise":
+            content[at : at + size] = rng.randbytes(len(chunk))
+        elif kind == "fill":
+            content[at : at + size] = rng.choice([b"\0", b"\xff"]) * len(chunk)
+    return bytes(content)
+
+
+def mutate_value(rng, value):
+    """Replace, remove or double something in a JSON value, at a random depth."""
+    if isinstance(value, dict) and value and rng.random() < 0.85:
+        key = rng.choice(list(value))
+        changed = {**value, key: mutate_value(rng, value[key])}
+        if rng.random() < 0.15:
+            changed[rng.choice(["", "x", key + "x"])] = changed.pop(key)
+        return changed
+    if isinstance(value, list) and value and rng.random() < 0.85:
+        i = rng.randrange(len(value))
+        return [*value[:i], *rng.choice([[], [value[i]] * 2, [mutate_value(rng, value[i])]]), *value[i + 1 :]]
+    return rng.choice(ODD_VALUES)
+
+
+def mutate_json(rng, content):
+    if rng.random() < 0.3:
+        return mutate_bytes(rng, content)
+    return json.dumps(mutate_value(rng, json.loads(content))).encode()
+
+
+def odd_text(rng):
+    """Words, signs, control characters, lone surrogates, marks of the tokenizer, up to 2,000 characters."""
+    pick = [lambda: rng.choice(ODD_CHARACTERS), lambda: rng.choice(MARKS), lambda: chr(rng.randrange(0x110000)),
+            lambda: rng.choice("abcdefgh ") * rng.choice([1, 1, 3, 100])]
+    return "".join(rng.choice(pick)() for _ in range(rng.choice([0, 1, 3, 10, 60])))[:2000]
+
+
+# ---- Weights ----
+
+
+@pytest.fixture(scope="module")
+def state():
+    return random_state_dict(**SIZES, vocab=20)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_weights(form, state, tmp_path):
+    FORMS[form]({key: tensor.half() for key, tensor in state.items()}, tmp_path / "whole")
+    content, rng = (tmp_path / "whole").read_bytes(), random.Random(form)
+    load_clip(tmp_path / "whole")
+    refused = 0
+    for i in range(COUNT):
+        (tmp_path / "broken").write_bytes(mutate_bytes(rng, content))
+        clip = survives(lambda: load_clip(tmp_path / "broken"), f"{form} {i}")
+        refused += clip is None
+        assert clip is None or all(p.isfinite().all() for p in clip.parameters()), f"{form} {i}"
+    assert refused > 0
+
+
+@pytest.mark.parametrize("name", ["config.json", "open_clip_config.json"])
+def test_configurations(name, state, tmp_path):
+    of_open_clip = {"model_cfg": {"vision_cfg": dict(width=64, head_width=64), "text_cfg": dict(heads=1),
+                                  "quick_gelu": True}}
+    if name == "config.json":
+        content, weights = transformers_config(1, 1, "quick_gelu"), "model.safetensors"
+        FORMS["safetensors"](to_transformers(state), tmp_path / weights)
+    else:
+        content, weights = json.dumps(of_open_clip).encode(), "open_clip_model.safetensors"
+        FORMS["safetensors"](state, tmp_path / weights)
+    rng = random.Random(name)
+    (tmp_path / name).write_bytes(content)
+    load_clip(tmp_path)
+    for i in range(COUNT):
+        (tmp_path / name).write_bytes(mutate_json(rng, content))
+        clip = survives(lambda: load_clip(tmp_path), f"{name} {i}: {(tmp_path / name).read_bytes()!r}")
+        if clip:  # it computes, too
+            assert clip.encode_image(torch.zeros(1, 3, 16, 16)).isfinite().all()
+
+
+# ---- A run ----
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A finished run on a CLIP of the smallest size; its folder and that of its pictures."""
+    folder = tmp_path_factory.mktemp("run")
+    FORMS["safetensors"](random_state_dict(**SIZES), folder / "weights")
+    for i in range(8):
+        place = folder / "pictures" / f"class {i % 2}"
+        place.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (20, 20), (30 * i, 99, 9)).save(place / f"{i}.png")
+    assert train.main(["--data", str(folder / "pictures"), "--backbone", str(folder / "weights"), "--epochs", "1",
+                       "--shots", "0", "--batch-size", "2", "--out", str(folder / "runs"), "--device", "cpu"]) == 0
+    return next((folder / "runs").rglob("result.json")).parent
+
+
+def test_prompts(run, tmp_path, monkeypatch):
+    whole, rng = (run / "prompts.pt").read_bytes(), random.Random("prompts")
+    saved = torch.load(run / "prompts.pt", weights_only=True)
+    clip = CLIP.from_state_dict(random_state_dict(**SIZES))
+    monkeypatch.setattr(train, "load_clip", lambda *_: clip)  # the same for all
+    tmp_path.joinpath("prompts.pt").write_bytes(whole)
+    train.load_run(tmp_path, "cpu")
+    for i in range(COUNT):
+        if i % 2:
+            tmp_path.joinpath("prompts.pt").write_bytes(mutate_bytes(rng, whole))
+        elif i % 4:
+            torch.save(mutate_value(rng, saved), tmp_path / "prompts.pt")
+        else:
+            number = rng.choice([math.nan, math.inf, -math.inf])
+            torch.save(saved | dict(tensors={k: v * number for k, v in saved["tensors"].items()}),
+                       tmp_path / "prompts.pt")
+        method = survives(lambda: train.load_run(tmp_path, "cpu"), f"prompts.pt {i}")
+        if method:
+            assert all(tensor.isfinite().all() for tensor in method.learned().values()), f"prompts.pt {i}"
+
+
+# ---- Data ----
+
+
+def test_lists_and_class_names(run, tmp_path):
+    rng = random.Random("lists")
+    for label, name in enumerate(["cats", "sea lions"]):
+        (tmp_path / name).mkdir()
+        for i in range(3):
+            Image.new("RGB", (8, 8), (80 * i, 9, 90 * label)).save(tmp_path / name / f"{i}.png")
+    rows = [[f"{name}/{i}.png", label, name] for label, name in enumerate(["cats", "sea lions"]) for i in range(3)]
+    split = json.dumps(dict(train=rows[:1] + rows[3:4], val=[], test=rows[1:3] + rows[4:])).encode()
+    names = "cats house cat\nsea lions, großer Seelöwe\n".encode()
+    for file, content, mutate in ("split.json", split, mutate_json), ("classnames.txt", names, mutate_bytes):
+        path = tmp_path / file
+        path.write_bytes(content)
+        data.load(tmp_path, shots=1)
+        for i in range(COUNT):
+            path.write_bytes(mutate(rng, content))
+            what = f"{file} {i}: {path.read_bytes()!r}"
+            bench = survives(lambda: data.load(tmp_path, shots=1), what)
+            if bench:
+                assert bench.train and bench.test, what
+                assert all(Path(p).is_file() and p.startswith(str(tmp_path)) for p, _ in bench.train + bench.test), what
+                assert {label for _, label in bench.train} == set(range(len(bench.classnames))), what
+                survives(lambda b=bench: tokenize(b.classnames), what)
+        path.unlink()
+
+
+@pytest.mark.parametrize("form", ["PNG", "JPEG", "GIF", "TIFF", "WEBP"])
+def test_pictures(form, tmp_path):
+    rng, content = random.Random(form), io.BytesIO()
+    noise = Image.frombytes("RGB", (24, 18), random.Random(0).randbytes(24 * 18 * 3))
+    noise.save(content, form)
+    path = tmp_path / "picture.png"  # recognised by its content
+    for i in range(COUNT):
+        path.write_bytes(mutate_bytes(rng, content.getvalue(), head=60))
+        for own in False, True:
+            picture = survives(lambda own=own: data.read(path, own), f"{form} {i}")
+            assert picture is None or picture.mode == "RGB" and min(picture.size) > 0
+
+
+# ---- Texts ----
+
+
+def test_texts():
+    rng = random.Random("texts")
+    for i in range(10 * COUNT):
+        text = odd_text(rng)
+        ids = survives(lambda text=text: encode(text), f"{i}: {text!a}")
+        assert ids is None or all(0 <= token <= 49407 for token in ids), ascii(text)
+        tokens = survives(lambda text=text: tokenize(text), f"{i}: {text!a}")
+        assert tokens is None or tokens.shape == (1, 77), ascii(text)

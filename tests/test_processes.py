@@ -1,0 +1,248 @@
+"""Runs that are killed and go on, runs that two processes want, and runs that several processes share."""
+
+import csv
+import itertools
+import json
+import multiprocessing
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TINY, random_state_dict
+from test_train import draw, only_run, run_folders
+
+import train
+
+PROJECT = Path(__file__).parents[1]
+FORKSERVER = multiprocessing.get_context("forkserver")  # its children have torch loaded, and no threads yet
+FORKSERVER.set_forkserver_preload(["train"])
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("world")
+    draw(folder / "photos", 12)
+    torch.save(random_state_dict(**TINY), folder / "weights.pt")
+    return folder
+
+
+@pytest.fixture
+def flags(world, tmp_path):
+    return ["--data", world / "photos", "--backbone", world / "weights.pt", "--shots", 4, "--epochs", 3,
+            "--batch-size", 4, "--device", "cpu", "--out", tmp_path / "runs"]
+
+
+def call(target, *args):
+    """Run a function in a process of its own. -> its exit status."""
+    process = FORKSERVER.Process(target=target, args=args)
+    process.start()
+    process.join(120)
+    return process.exitcode
+
+
+def start(flags, silent=True):
+    if silent:
+        sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115 (as long as the process)
+    torch.set_num_threads(1)
+    sys.exit(train.main([str(flag) for flag in flags]))
+
+
+def start_and_die(flags, owner, name, count, after):
+    """The run is killed at the count-th call of a function, before it or after it. Every step has a checkpoint."""
+    owner = sys.modules.get(owner, owner)  # a module comes by its name
+    function, calls = getattr(owner, name), itertools.count(1)
+
+    def deadly(*args, **kwargs):
+        is_last = next(calls) == count
+        value = None if is_last and not after else function(*args, **kwargs)
+        if is_last:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return value
+
+    setattr(owner, name, deadly)
+    train.CHECKPOINT_SECONDS = 0
+    start(flags)
+
+
+def outcome(folder):
+    """What a run leaves, but for the times."""
+    result = json.loads((folder / "result.json").read_text())
+    tensors = torch.load(folder / "prompts.pt", weights_only=True)
+    return ({key: value for key, value in result.items() if not key.startswith("seconds")},
+            {name: tensor.tolist() for name, tensor in tensors.pop("tensors").items()}, tensors,
+            (folder / "predictions.csv").read_text())
+
+
+# ---- Killed ----
+
+
+@pytest.mark.parametrize("method, options, workers", [
+    ("coop", ["n_ctx=2"], 0), ("upt", [], 2), ("fgvpl", ["cache_views=2"], 0), ("fgvpl", ["parts=tip-f"], 2)])
+def test_a_run_that_is_killed_eight_times_ends_as_one_that_is_not(flags, tmp_path, method, options, workers):
+    """SGD, with UPT's dropout; AdamW with a cache; a cache that is learned."""
+    flags = [*flags, "--method", method, *(["--set", *options] if options else []), "--workers", workers]
+    assert call(start, [*flags, "--out", tmp_path / "whole"]) == 0
+    kind = train.METHODS[method]
+    deaths = [("data", "few_shot_batches", 1, False),  # before anything
+              (kind, "prepare", 1, True),  # what it made is lost
+              (kind, "loss", 2, False),  # behind the first step's checkpoint
+              (Path, "replace", 1, False),  # a checkpoint is written, and has not taken its place
+              (train.Checkpoint, "write", 2, True),  # in the middle of an epoch
+              ("train", "require_finite", 1, False),  # at the end of an epoch, before its checkpoint
+              ("train", "evaluate", 2, False),  # after the training
+              (Path, "rename", 1, False)]  # the results are written, and have not taken their place
+    for death in deaths:
+        assert call(start_and_die, flags, *death) == -signal.SIGKILL
+    (left,) = run_folders(tmp_path / "runs")  # what the last of them had written, in a hidden folder
+    assert left.parent.name.startswith(".")
+    shutil.rmtree(left.parent)
+    assert call(start, flags) == 0
+    assert outcome(only_run(tmp_path / "runs")) == outcome(only_run(tmp_path / "whole"))
+    assert not list((tmp_path / "runs").rglob("*.checkpoint*")) and not list((tmp_path / "runs").rglob("*.lock"))
+
+
+@pytest.fixture
+def stopped(flags, tmp_path):
+    """The checkpoint of a run that was killed in its last epoch."""
+    assert call(start_and_die, flags, "train", "require_finite", 3, False) == -signal.SIGKILL
+    (path,) = (tmp_path / "runs").rglob("*.checkpoint")
+    return path
+
+
+def test_a_run_says_where_it_goes_on(flags, stopped, capsys):
+    assert train.main(list(map(str, flags))) == 0
+    out = capsys.readouterr().out
+    assert "goes on     behind 2 epochs and 3 steps" in out
+    assert re.findall(r"^epoch (\d)/3", out, re.MULTILINE) == ["3"]
+    assert not stopped.exists()
+
+
+@pytest.mark.parametrize("spoil", ["truncate", "foreign", "settings", "pictures"])
+def test_a_checkpoint_of_another_run_or_none_at_all_is_not_used(flags, stopped, tmp_path, capsys, spoil):
+    if spoil == "truncate":
+        stopped.write_bytes(stopped.read_bytes()[:1000])
+    elif spoil == "foreign":
+        stopped.write_text("mine")
+    else:
+        saved = torch.load(stopped, weights_only=True)
+        saved |= {"seed": 2} if spoil == "settings" else {"train": dict.fromkeys(saved["train"], "0")}
+        torch.save(saved, stopped)
+    assert train.main(list(map(str, flags))) == 0
+    (warning,) = re.findall("^warning: .*$", capsys.readouterr().out, re.MULTILINE)
+    assert str(stopped) in warning and "begins anew" in warning
+    assert call(start, [*flags, "--out", tmp_path / "whole"]) == 0
+    assert outcome(only_run(tmp_path / "runs"))[1] == outcome(only_run(tmp_path / "whole"))[1]
+    assert not stopped.exists()
+
+
+def test_a_full_disk_ends_the_run_in_one_sentence_and_keeps_the_checkpoint_before(flags, stopped, capsys, monkeypatch):
+    before = stopped.read_bytes()
+
+    def full_disk(value, path):
+        Path(path).write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", full_disk)
+        assert train.main(list(map(str, flags))) == 2
+    assert "error: " in capsys.readouterr().err and stopped.read_bytes() == before
+    assert [path.name for path in stopped.parent.iterdir()] == [stopped.name]
+    assert train.main(list(map(str, flags))) == 0
+
+
+def test_an_epoch_that_takes_longer_has_checkpoints_of_its_own(flags, monkeypatch):
+    written, write = [], train.Checkpoint.write
+    monkeypatch.setattr(train.Checkpoint, "write", lambda self, *args: written.append(len(args[4])) or write(self, *args))
+    assert train.main(list(map(str, flags))) == 0
+    assert written == [0, 0, 0]  # at the end of every epoch
+    monkeypatch.setattr(train, "CHECKPOINT_SECONDS", 0)
+    assert train.main([*map(str, flags), "--again"]) == 0
+    assert written[3:] == [1, 2, 3, 0] * 3
+
+
+# ---- Stopped, and wanted twice ----
+
+
+def shell(*words, **options):
+    """The real program with its output captured."""
+    return subprocess.Popen([sys.executable, *map(str, words)], cwd=PROJECT, stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE, text=True, **options)
+
+
+def test_sigterm_is_as_ctrl_c_and_a_second_process_leaves_the_run_to_the_first(flags, tmp_path, capsys):
+    program = shell("-u", "train.py", *flags, "--epochs", 100_000)
+    while not list((tmp_path / "runs").rglob("*.checkpoint")):
+        assert program.poll() is None, program.stderr.read()
+        time.sleep(0.05)
+    argv = [*map(str, flags), "--epochs", "100000"]
+    assert train.main(argv) == 0  # while the first is at it
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith("in work ") and "coop" in line
+    program.send_signal(signal.SIGTERM)
+    _, error = program.communicate(timeout=60)
+    assert program.returncode == 130 and "the same command goes on" in error and len(error.strip().splitlines()) == 1
+    (folder,) = [path.parent for path in (tmp_path / "runs").rglob("*.checkpoint")]
+    assert not list(folder.glob("*.lock"))
+
+
+def test_of_a_sweep_the_second_process_takes_the_next_run(flags, tmp_path, capsys):
+    with train.reserve(tmp_path / "runs" / "photos" / "coop" / "seed1", False, train.Machine(torch.device("cpu"))):
+        pass  # a lock that was given back is no hindrance
+    args = train.parse_arguments(list(map(str, flags)))
+    folders = [Path(args.out) / train.resolve_settings(args, args.data[0], "coop", 4, seed).folder for seed in (1, 2)]
+    folders[1].parent.mkdir(parents=True)
+    folders[1].with_name(f"{folders[1].name}.lock").write_bytes(b"")  # of a process that was killed
+    held = FORKSERVER.Event()
+    holder = FORKSERVER.Process(target=hold, args=(folders[0], held))
+    holder.start()
+    assert held.wait(60)
+    assert train.main([*map(str, flags), "--seeds", "1", "2"]) == 0
+    assert f"in work     {folders[0]}" in capsys.readouterr().out
+    assert run_folders(tmp_path / "runs") == [folders[1]]
+    holder.kill()
+    holder.join()
+    assert train.main([*map(str, flags), "--seeds", "1", "2"]) == 0
+    assert sorted(run_folders(tmp_path / "runs")) == folders
+
+
+def hold(folder, held):
+    with train.reserve(folder, False, train.Machine(torch.device("cpu"))):
+        held.set()
+        time.sleep(60)
+
+
+# ---- Several processes ----
+
+
+def test_two_processes_learn_and_answer_as_one(flags, tmp_path):
+    """16 pictures in batches of 5, so that shares differ in size and the last batch has a picture alone."""
+    flags = [*flags, "--shots", 4, "--batch-size", 5, "--epochs", 2, "--lr", 0.02]
+    sweep = [[*flags, "--method", "coop", "vpt", "dpt", "cavpt", "proda"],
+             [*flags, "--method", "upt", "--set", "dropout=0"], [*flags, "--method", "fgvpl", "--set", "cache_views=2"]]
+    for words in sweep:
+        program = shell("-m", "torch.distributed.run", "--nproc_per_node", 2, "--master_port", 29_511, "train.py",
+                        *words, "--out", tmp_path / "two", env=os.environ | {"OMP_NUM_THREADS": "1"})
+        out, error = program.communicate(timeout=200)
+        assert program.returncode == 0, error
+        assert out.count("accuracy ") == (1 if "--set" in words else 5)  # process 0 alone speaks
+        assert call(start, [*words, "--out", tmp_path / "runs"]) == 0
+    ones, twos = run_folders(tmp_path / "runs"), run_folders(tmp_path / "two")
+    assert len(ones) == len(twos) == 7
+    for one, two in zip(sorted(ones), sorted(twos), strict=True):
+        assert one.relative_to(tmp_path / "runs") == two.relative_to(tmp_path / "two")
+        (result, tensors, *_), (shared_result, shared, *_) = outcome(one), outcome(two)
+        for name in tensors:
+            a, b = torch.tensor(tensors[name]), torch.tensor(shared[name])
+            torch.testing.assert_close(b, a, rtol=0, atol=1e-5, msg=lambda text, name=name, one=one: f"{one}, {name}: {text}")
+        assert shared_result["accuracy"] == result["accuracy"]
+        assert shared_result["losses"] == pytest.approx(result["losses"], rel=1e-5)
+        with (two / "predictions.csv").open() as file, (one / "predictions.csv").open() as other:
+            answers = [[row["predicted class"] for row in csv.DictReader(lines)] for lines in (file, other)]
+        assert answers[0] == answers[1]
