@@ -304,7 +304,7 @@ def evaluate_new(method, new_classes, base, machine):
     """CoCoOp's protocol, its Section 4.1 -> the accuracies on both halves of the classes and their harmonic mean."""
     new = evaluate_on(method, new_classes, None, machine).accuracy
     mean = statistics.harmonic_mean([base, new])
-    print(f"new classes {new:.2f} % of {len(new_classes.test)} test pictures, harmonic mean with the base's {mean:.2f} %")
+    print(f"new classes {new:.2f} % of {len(new_classes.test)} test pictures, harmonic mean with the base {mean:.2f} %")
     return dict(base=base, new=new, harmonic_mean=mean)
 
 

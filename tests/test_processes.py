@@ -15,8 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY, random_state_dict
-from test_train import draw, only_run, run_folders
+from test_train import only_run, run_folders, world  # noqa: F401 (a fixture)
 
 import train
 
@@ -25,16 +24,8 @@ FORKSERVER = multiprocessing.get_context("forkserver")  # its children have torc
 FORKSERVER.set_forkserver_preload(["train"])
 
 
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("world")
-    draw(folder / "photos", 12)
-    torch.save(random_state_dict(**TINY), folder / "weights.pt")
-    return folder
-
-
 @pytest.fixture
-def flags(world, tmp_path):
+def flags(world, tmp_path):  # noqa: F811
     return ["--data", world / "photos", "--backbone", world / "weights.pt", "--shots", 4, "--epochs", 3,
             "--batch-size", 4, "--device", "cpu", "--out", tmp_path / "runs"]
 

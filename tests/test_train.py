@@ -597,6 +597,40 @@ def test_a_run_says_what_it_is_before_it_says_how_it_went(finished):
     assert [match.start() for match in found] == sorted(match.start() for match in found)
 
 
+def test_base_to_new_trains_on_one_half_of_the_classes_and_tests_both(start, tmp_path, capsys, world):
+    assert start("--base-to-new") == 0
+    (folder,) = run_folders(tmp_path / "runs")
+    run, bench = result(folder), data.load(str(world / "photos"), shots=4)
+    halves = run["base_to_new"]
+    assert "base_to_new=true" in str(folder) and run["classes"] == 2 and run["train_images"] == 8
+    assert prompts(folder)["classnames"] == bench.classnames[:2]
+    assert set(prompts(folder)["train"]) == {bench.relative(path) for path, label in bench.train if label < 2}
+    assert halves["base"] == run["accuracy"] and halves["new"] == 100  # the other half is one class
+    assert halves["harmonic_mean"] == pytest.approx(2 / (1 / halves["base"] + 1 / halves["new"]))
+    method = train.load_run(folder, "cpu").for_classes(bench.classnames[2:])
+    assert method.classnames == bench.classnames[2:]
+    for options in ["--set", "csc=true"], ["--method", "fgvpl"]:  # tied to their classes: said before the training
+        capsys.readouterr()
+        assert start("--base-to-new", *options) == 2
+        said = capsys.readouterr()
+        assert said.err.startswith("error: ") and "learning" not in said.out
+    assert len(run_folders(tmp_path / "runs")) == 1
+
+
+def test_templates_of_the_command_are_averaged_and_kept(start, tmp_path, capsys):
+    texts = "a photo of a {}, a type of colour.", "{} again."
+    assert start("--method", "zeroshot", "--template", *texts) == 0
+    folder = only_run(tmp_path / "runs")
+    method = train.load_run(folder, "cpu")
+    expected = method.clip.classifier(method.classnames, texts)
+    assert torch.equal(method.encode_text(), expected)
+    assert result(folder)["templates"] == list(texts) and "template=" in str(folder)
+    for wrong in "a photo", "{} and {", "{} {1}", "{name}":
+        with pytest.raises(SystemExit) as stop:
+            start("--template", wrong)
+        assert stop.value.code == 2 and "needs one {}" in capsys.readouterr().err
+
+
 def test_the_same_seed_gives_the_same_run_to_the_bit_and_another_seed_another(start, finished, tmp_path):
     assert start("--seeds", 2, 1) == 0  # whatever ran before it
     again, other = run_folders(tmp_path / "runs")
