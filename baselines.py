@@ -22,13 +22,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from clip_min import Method, UserError, encode, full_precision, tokenize
+from clip_min import SEVEN, Method, UserError, encode, full_precision, tokenize
 
 SGD = dict(optimizer="sgd", momentum=0.9, weight_decay=5e-4, crop_scale=(0.08, 1.0))  # CoOp's code
 COOP = SGD | dict(lr=0.002, warmup_epochs=1, batch_size=32, epochs={1: 50, 2: 100, 4: 100, 8: 200, 16: 200},
                   datasets={"imagenet": dict(epochs=50)})  # CoOp's recipe, epochs by shots
-SEVEN = ("itap of a {}.", "a bad photo of the {}.", "a origami {}.", "a photo of the large {}.",
-         "a {} in a video game.", "art of the {}.", "a photo of the small {}.")  # as in fgvpl.py
 
 
 class ZeroShot(Method):

@@ -41,6 +41,9 @@ from torchvision import transforms
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 ASSETS = Path(__file__).parent / "assets"
+# Tip-Adapter's templates for ImageNet, which FG-VPL takes over.
+SEVEN = ("itap of a {}.", "a bad photo of the {}.", "a origami {}.", "a photo of the large {}.",
+         "a {} in a video game.", "art of the {}.", "a photo of the small {}.")
 
 
 class UserError(ValueError):

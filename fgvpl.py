@@ -45,10 +45,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from clip_min import Block, Method, UserError, full_precision
+from clip_min import SEVEN, Block, Method, UserError, full_precision
 
-SEVEN = ("itap of a {}.", "a bad photo of the {}.", "a origami {}.", "a photo of the large {}.",
-         "a {} in a video game.", "art of the {}.", "a photo of the small {}.")
 # Tip-Adapter's configurations: its alpha, and the ends of its search for alpha and beta.
 TIP = {name: dict(options=dict(lam=lam, max_lam=max_lam, max_sharpness=max_sharpness))
        for name, lam, max_lam, max_sharpness in (

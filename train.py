@@ -439,7 +439,7 @@ def choose_machine(device, precision, workers):
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         torch.empty(0, device=device)
-    except (AssertionError, NotImplementedError, RuntimeError) as error:
+    except (AssertionError, NotImplementedError, RuntimeError) as error:  # the first from a PyTorch without CUDA
         raise UserError(f"--device {device} cannot be used by PyTorch here: use cuda or cpu.") from error
     device = torch.device(device)
     if precision == "auto":  # emulated bf16, as on a V100 or T4, is slower than fp16

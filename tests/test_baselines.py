@@ -99,7 +99,7 @@ def batches(clip, n_classes, per_class, seed=0, noise=1.0):
 
 def test_zero_shot_has_the_templates_given_or_tip_adapters_seven(clip):
     images, templates = picture(32, 3), ["{} texture.", "a photo of a {}."]
-    assert baselines.SEVEN == fgvpl.SEVEN and len(set(fgvpl.SEVEN)) == 7
+    assert len(set(fgvpl.SEVEN)) == 7
     assert ZeroShot(clip, NAMES, templates)(images).equal(Method(clip, NAMES, templates)(images))
     method = ZeroShot(clip, NAMES, templates, seven_templates=True)
     unit = [F.normalize(plain_text(clip, clip.text.token_embedding(tokens), tokens.argmax(1)), dim=-1)

@@ -625,7 +625,7 @@ def test_templates_of_the_command_are_averaged_and_kept(start, tmp_path, capsys)
     expected = method.clip.classifier(method.classnames, texts)
     assert torch.equal(method.encode_text(), expected)
     assert result(folder)["templates"] == list(texts) and "template=" in str(folder)
-    for wrong in "a photo", "{} and {", "{} {1}", "{name}":
+    for wrong in "a photo", "{} and {", "{} {1}", "{name}", "{0}", "{{x}} {}":
         with pytest.raises(SystemExit) as stop:
             start("--template", wrong)
         assert stop.value.code == 2 and "needs one {}" in capsys.readouterr().err
@@ -671,7 +671,8 @@ def test_zero_shot_learns_nothing_and_is_a_run_too(start, tmp_path):
     assert len(predictions(folder)) == run["test_images"]
 
 
-@pytest.mark.parametrize("method, options", [("coop", dict(n_ctx=0)), ("vlp", dict(n_ctx=0, n_visual=0))])
+@pytest.mark.parametrize("method, options", [
+    ("coop", dict(n_ctx=0)), ("vlp", dict(n_ctx=0, n_visual=0)), ("zeroshot", dict(seven_templates=True))])
 def test_without_anything_to_learn_it_is_the_methods_own_accuracy_and_not_zero_shots(
         start, tmp_path, world, method, options):
     assert start("--method", method, "--set", *(f"{key}={value}" for key, value in options.items())) == 0
