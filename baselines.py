@@ -218,7 +218,7 @@ class ProDA(Method):
         eot = torch.full((n,), x.shape[1] - 2, device=x.device)  # in x without SOS, which all share
         features = text(x[:1, :1], x[:, 1:], eot).float()  # (N, E)
         cosines = F.cosine_similarity(features.unsqueeze(0), features.unsqueeze(1), dim=-1).abs()  # (N, N)
-        return (cosines.sum() - cosines.trace()) / (n * (n - 1))
+        return (cosines.sum() - cosines.diagonal().sum()) / (n * (n - 1))
 
 
 class CLIPAdapter(Method):

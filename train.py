@@ -138,6 +138,8 @@ def run(settings, folder, args, machine):
 
     test = data.plain_batches(bench.test, clip, machine.device, machine.workers, bench.own)
     zero_shot = Method(clip, bench.classnames, settings.templates)
+    if machine.dtype:  # nothing below calls the towers but under autocast
+        clip.cast_products(machine.dtype)
     before = after = evaluate(zero_shot, test, machine)
     print(f"zero-shot   {before.accuracy:.2f} %")
     variance = {"before": variances(zero_shot, test, machine.autocast())} if args.variance else {}
@@ -295,7 +297,8 @@ def evaluate_shifts(method, settings, bench, targets, accuracy, machine):
 def evaluate_on(method, target, class_ids, machine):
     """-> Evaluation on the target's test pictures, under its class names. class_ids: the training data's."""
     if target.classnames != method.classnames:
-        method = method.for_classes(target.classnames, data.columns(target, class_ids))
+        with machine.autocast():
+            method = method.for_classes(target.classnames, data.columns(target, class_ids))
     batches = data.plain_batches(target.test, method.clip, machine.device, machine.workers, target.own)
     return evaluate(method, batches, machine)
 

@@ -6,6 +6,9 @@ The figures that it prints are peak memory; `python tests/bench.py --device cuda
 import copy
 import itertools
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -49,8 +52,9 @@ def learned_gradients(method):
     return {name: p.grad for name, p in method.named_parameters() if p.grad is not None}
 
 
-def assert_close(ours, expected, what):
-    error, scale = (ours.cpu() - expected).abs().max(), expected.abs().max()
+def assert_close(ours, expected, what, least=0.0):
+    """Within 1e-4 of the largest entry; `least` is for a gradient that is zero but for rounding."""
+    error, scale = (ours.cpu() - expected).abs().max(), expected.abs().max().clamp(min=least)
     assert error <= 1e-4 * scale, f"{what}: {error:.2g} apart, of {scale:.2g}"
 
 
@@ -67,8 +71,9 @@ def test_loss_gradients_and_evaluation_equal_the_cpus(name, epoch):
     assert_close(losses[on_gpu].detach(), losses[on_cpu].detach(), "loss")
     gradients, expected = learned_gradients(on_gpu), learned_gradients(on_cpu)
     assert gradients.keys() == expected.keys() and bool(expected) == (name in TRAINED)
-    for parameter, gradient in expected.items():
-        assert_close(gradients[parameter], gradient, parameter)
+    largest = max((gradient.abs().max() for gradient in expected.values()), default=0)
+    for parameter, gradient in expected.items():  # a bias of CAVPT's adds the same to all scores of a softmax
+        assert_close(gradients[parameter], gradient, parameter, least=1e-3 * largest)
     with torch.no_grad():
         logits = on_gpu.eval()(images.to(DEVICE), on_gpu.encode_text())
         assert_close(logits, on_cpu.eval()(images, on_cpu.encode_text()), "logits")
@@ -84,6 +89,23 @@ def test_logits_under_autocast_are_close_to_fp32(name, dtype):
     with torch.autocast("cuda", dtype):
         logits = method(images)
     assert logits.dtype == torch.float32 and (logits - expected).abs().max() < 0.5
+
+
+@pytest.mark.parametrize("name,epoch", STEPS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_towers_held_in_half_precision_compute_the_same_numbers(name, epoch, dtype):
+    method, images, labels = make(name, random_clip().to(DEVICE))
+    results = []
+    for _ in range(2):
+        torch.manual_seed(2)  # ProDA draws some of its prompts
+        with torch.autocast("cuda", dtype):
+            loss = method.loss(images, labels, epoch)
+        method.zero_grad()
+        loss.backward()
+        results.append([loss, *learned_gradients(method).values()])
+        method.clip.cast_products(dtype)
+    for cast_at_every_use, held in zip(*results, strict=True):
+        assert_close(held.detach(), cast_at_every_use.detach().cpu(), name)
 
 
 @pytest.fixture(scope="module")
@@ -109,8 +131,9 @@ def test_accuracy_in_half_precision_is_that_of_fp32(shapes_accuracy, method, pre
     assert abs(shapes_accuracy(method, precision) - shapes_accuracy(method, "fp32")) <= 2
 
 
-@pytest.mark.parametrize("name,epoch", STEPS)
-@pytest.mark.parametrize("dtype", [None, torch.bfloat16])  # fp16 reads once per step whether its gradients overflowed
+# DPT reads once per step whether a label is among the likely classes, fp16 whether gradients have overflowed.
+@pytest.mark.parametrize("name,epoch", [step for step in STEPS if step[0] != "dpt"])
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
 def test_a_training_step_never_waits_for_the_gpu(name, epoch, dtype):
     method, images, labels = make(name, random_clip().to(DEVICE))
     optimizer = torch.optim.SGD(method.parameter_groups(), lr=0.01, momentum=0.9, weight_decay=5e-4)
@@ -140,6 +163,8 @@ def test_a_step_on_vit_b_16_fits_into_8_gb(name, n_classes, capsys):
     method, images, labels = make(name, random_clip(**B16).to(DEVICE), names)
     images, labels = images.repeat(4, 1, 1, 1), labels.repeat(4)  # 32 pictures
     for precision, dtype in ("fp32", None), ("bf16", torch.bfloat16):
+        if dtype:
+            method.clip.cast_products(dtype)
         torch.cuda.reset_peak_memory_stats()
         with train.Machine(DEVICE, dtype, 0).autocast():
             loss = method.loss(images, labels)
@@ -164,6 +189,17 @@ def test_workers_read_the_same_pictures_with_cuda_initialised(tmp_path):
         for (images, labels), (expected, of_expected) in zip(on_gpu.epoch(0), plain.epoch(0), strict=True):
             assert images.device.type == labels.device.type == DEVICE.type
             assert images.cpu().equal(expected) and labels.cpu().equal(of_expected)
+
+
+def test_torchrun_on_one_gpu_learns_what_a_plain_run_learns(tmp_path):
+    """With NCCL instead of gloo, and its one process's GPU by number."""
+    common = ["train.py", "--epochs", "2", "--precision", "fp32", "--device", DEVICE.type, "--root", str(tmp_path)]
+    tensors = []
+    for program in ([sys.executable], [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "1"]):
+        out = tmp_path / str(len(program))
+        subprocess.run([*program, *common, "--out", str(out)], check=True, cwd=Path(train.__file__).parent)
+        tensors.append(train.read_prompts(next(out.rglob("result.json")).parent)["tensors"]["ctx"])
+    torch.testing.assert_close(*tensors, rtol=0, atol=1e-5)
 
 
 def test_a_run_of_the_gpu_predicts_the_same_on_the_cpu(tmp_path):
