@@ -36,7 +36,6 @@ import regex
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.amp.autocast_mode import is_autocast_available
 from torch.utils.checkpoint import checkpoint
 from torchvision import transforms
 
@@ -56,8 +55,8 @@ class MachineError(UserError):
 
 
 def full_precision(device):
-    """A context without autocast, for the few steps that need fp32; also on a device that knows no autocast."""
-    return torch.autocast(device.type, enabled=False) if is_autocast_available(device.type) else nullcontext()
+    """A context without autocast, for the few steps that need fp32. The meta device knows no autocast."""
+    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
 
 
 def whole_batch(count):
@@ -151,6 +150,8 @@ def tokenize(texts, context_length=77):
 
 
 ACTIVATIONS = {"quickgelu": lambda x: x * torch.sigmoid(1.702 * x), "gelu": F.gelu}  # OpenAI's and most others'
+
+MANY_TEXTS = 500  # from here on TextBlock saves memory at the cost of a little time
 
 
 class Attention(nn.Module):
@@ -251,10 +252,11 @@ class TextBlock(Block):
             v = torch.cat([v_shared.expand(len(v_own), -1, -1, -1), v_own], dim=2)
             return self.attn(q, k, v, mask)
 
-        # Autograd would keep k and v, which repeat what is shared for every text: a third of the memory with 1,000
-        # classes. The backward pass makes them anew, with the same numbers.
-        attended = checkpoint(attend, self.attn.query(h_own), k_shared, v_shared, k_own, v_own, use_reentrant=False,
-                              preserve_rng_state=False)
+        if len(own) > MANY_TEXTS:
+            # Autograd would keep k and v, which repeat what is shared for every text: a quarter of the memory. The
+            # backward pass makes them anew, with the same numbers.
+            attend = functools.partial(checkpoint, attend, use_reentrant=False, preserve_rng_state=False)
+        attended = attend(self.attn.query(h_own), k_shared, v_shared, k_own, v_own)
         return shared, self.add_attention_and_mlp(own, attended)
 
 

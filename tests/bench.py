@@ -55,7 +55,7 @@ from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
 
 import data
-from clip_min import CLIP, preprocess, tokenize
+from clip_min import CLIP, full_precision, preprocess, tokenize
 from fgvpl import object_patches
 from train import METHODS, Machine
 
@@ -239,7 +239,9 @@ class PlainFGVPL(Plain):
         y = x + method.layer.attn(h, h, h, key_padding_mask=~seen, need_weights=False)[0]
         f, f_o = self.project(blocks[-1](x)), self.project(y + method.layer.mlp(method.layer.ln_2(y)))
         text = method.encode_text()
-        return method.combine([method.compare(f, 0, text), method.compare(f_o, -1, text)], method.lam, method.sharpness)
+        with full_precision(images.device):
+            pathways = [method.compare(f, 0, text), method.compare(f_o, -1, text)]
+        return method.combine(pathways, method.lam, method.sharpness)
 
 
 PLAIN = {"zeroshot": Plain, "coop": PlainCoOp, "vpt": PlainVPT, "vlp": PlainVLP, "dpt": PlainDPT, "upt": PlainUPT,
@@ -399,7 +401,8 @@ def compare(case, backbone, device):
     run_ours, run_plain = runner(case, ours, images, labels), runner(case, plain, images, labels)
     assert_same(run_ours(), run_plain(), case)
     run_ours, run_plain = runner(case, ours, images, labels, dtype), runner(case, plain, images, labels, dtype)
-    run_ours(), run_plain()  # a warm-up
+    if dtype:
+        run_ours(), run_plain()  # a warm-up
     side = 8192 if device == "cuda" else 2048
     matrix = torch.randn(side, side, device=device, dtype=dtype)
     turns = [(seconds(run_ours, device), seconds(run_plain, device), seconds(lambda: matrix @ matrix, device))

@@ -29,6 +29,7 @@ from conftest import (
     random_state_dict,
 )
 from PIL import Image
+from torch.utils.checkpoint import checkpoint
 
 import clip_min
 from clip_min import CLIP, MEAN, STD, UserError, preprocess, tokenize
@@ -335,6 +336,37 @@ def test_shared_prefix_has_the_gradients_of_encoding_every_text_alone(texts, cli
     ours = embedding_gradient(clip, clip.encode_text, tokens)
     plain = embedding_gradient(clip, lambda tokens: plain_encode_text(clip, tokens), tokens)
     assert_equal(ours, plain)
+
+
+def test_saving_memory_with_many_texts_changes_no_bit(clip, monkeypatch):
+    tokens = tokenize(ALIKE["different lengths"])
+    features, gradient = clip.encode_text(tokens), embedding_gradient(clip, clip.encode_text, tokens)
+    calls = []
+    monkeypatch.setattr(clip_min, "MANY_TEXTS", 2)
+    monkeypatch.setattr(clip_min, "checkpoint", lambda *a, **k: calls.append(1) or checkpoint(*a, **k))
+    assert torch.equal(clip.encode_text(tokens), features)
+    assert torch.equal(embedding_gradient(clip, clip.encode_text, tokens), gradient)
+    assert len(calls) == 2 * len(clip.text.blocks)
+
+
+def test_autograd_keeps_no_copy_of_what_many_texts_share(clip, monkeypatch):
+    def kept():
+        """-> how many numbers the text tower's graph holds, each tensor counted once."""
+        sizes = {}
+        shared, own, eot = clip.text.embed(tokenize([f"{'a ' * 40}{i}" for i in range(40)]))
+
+        def keep(x):
+            sizes[x.data_ptr()] = x.numel()
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+            features = clip.text(shared.clone().requires_grad_(), own, eot)
+        assert features.requires_grad  # and the graph lives until here, so that no address is used twice
+        return sum(sizes.values())
+
+    before = kept()
+    monkeypatch.setattr(clip_min, "MANY_TEXTS", 39)
+    assert kept() < 0.6 * before
 
 
 def test_the_shared_prefix_is_computed_once_and_nothing_behind_the_last_end_mark(clip):

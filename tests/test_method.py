@@ -146,6 +146,26 @@ def test_bfloat16_towers_leave_loss_gradients_and_learned_tensors_in_full_precis
 
 
 @every_trained_method
+def test_towers_held_in_half_precision_compute_the_same_bits_under_autocast(name, clip):
+    method = make(name, copy.deepcopy(clip)).eval()
+    results = []
+    for _ in range(2):
+        torch.manual_seed(0)  # ProDA draws some of its prompts
+        with torch.autocast("cpu", torch.bfloat16):
+            method.prepare(FEW_SHOT)
+            loss = method.loss(IMAGES, LABELS)
+            logits = method(IMAGES)
+        method.zero_grad()
+        loss.backward()
+        results.append([loss, logits, *(p.grad for p in learned(method).values())])
+        method.clip.cast_products(torch.bfloat16)
+    assert method.clip.visual.conv1.weight.dtype == torch.bfloat16
+    assert method.clip.logit_scale.dtype == method.clip.visual.ln_pre.weight.dtype == torch.float32
+    for cast_at_every_use, held in zip(*results, strict=True):
+        assert torch.equal(cast_at_every_use, held)
+
+
+@every_trained_method
 def test_groups_hold_every_learned_tensor_once_and_parts_have_rates_of_their_own(name, clip):
     method = make(name, clip)
     groups = method.parameter_groups()
