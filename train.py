@@ -27,6 +27,7 @@ import statistics
 import sys
 import tempfile
 import time
+import zipfile
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
@@ -556,7 +557,7 @@ class Checkpoint:
         if not self.path.exists():
             return None
         try:
-            saved = torch.load(self.path, map_location="cpu", weights_only=True)
+            saved = load_tensors(self.path)
             if any(saved[key] != value for key, value in self.description.items()):
                 raise ValueError("other settings or pictures")
             print(f"goes on     behind {len(saved['means'])} epochs and {len(saved['losses'])} steps")
@@ -570,19 +571,29 @@ class Checkpoint:
     def restore_tensors(self, method):
         """-> whether there were any."""
         if self.saved:
-            method.load_learned(self.saved["tensors"])
+            with self.name_what_does_not_fit():
+                method.load_learned(self.saved["tensors"])
         return bool(self.saved)
 
     def restore(self, optimizer, scaler):
         """-> the mean losses of the finished epochs, and the losses of the steps behind them."""
         if not self.saved:
             return [], []
-        optimizer.load_state_dict(self.saved["optimizer"])
-        scaler.load_state_dict(self.saved["scaler"])
-        torch.set_rng_state(self.saved["random"])
-        if self.machine.device.type == "cuda":
-            torch.cuda.set_rng_state(self.saved["random_cuda"], self.machine.device)
-        return self.saved["means"], [loss.to(self.machine.device) for loss in self.saved["losses"]]
+        with self.name_what_does_not_fit():
+            optimizer.load_state_dict(self.saved["optimizer"])
+            scaler.load_state_dict(self.saved["scaler"])
+            torch.set_rng_state(self.saved["random"])
+            if self.machine.device.type == "cuda":
+                torch.cuda.set_rng_state(self.saved["random_cuda"], self.machine.device)
+            return self.saved["means"], [loss.to(self.machine.device) for loss in self.saved["losses"]]
+
+    @contextmanager
+    def name_what_does_not_fit(self):
+        try:
+            yield
+        except Exception as error:  # another version of PyTorch or of a method, or a file that somebody changed
+            detail = " ".join(str(error).split())[:80]
+            raise UserError(f"{self.path} does not fit this run ({detail}): remove it, and the run begins anew.") from error
 
     def is_due(self):
         return time.time() - self.written > CHECKPOINT_SECONDS
@@ -657,11 +668,19 @@ def make_folder(folder):
         raise UserError(f"{folder} cannot be made ({error.strerror}): choose another --out.") from error
 
 
+def load_tensors(path):
+    """A file that torch.save wrote. torch.load does not test the checksums of its archive, so that is done here."""
+    with zipfile.ZipFile(path) as archive:
+        if damaged := archive.testzip():
+            raise ValueError(f"{damaged} is damaged")
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
 def read_prompts(folder):
     """prompts.pt of a finished run: the fields of Settings, classnames, class_ids, train and tensors."""
     path = Path(folder) / "prompts.pt"
     try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
+        saved = load_tensors(path)
         wanted = {*Settings.__dataclass_fields__, "classnames", "class_ids", "train", "tensors"}
         if not saved.keys() >= wanted:
             raise KeyError("a setting is missing")

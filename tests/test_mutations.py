@@ -9,6 +9,7 @@ import json
 import math
 import os
 import random
+import shutil
 import signal
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from PIL import Image
 from test_weights import FORMS, to_transformers, transformers_config
 
 import data
+import report
 import train
 from clip_min import CLIP, UserError, encode, load_clip, tokenize
 
@@ -184,6 +186,62 @@ def test_prompts(run, tmp_path, monkeypatch):
         method = survives(lambda: train.load_run(tmp_path, "cpu"), f"prompts.pt {i}")
         if method:
             assert all(tensor.isfinite().all() for tensor in method.learned().values()), f"prompts.pt {i}"
+
+
+def test_results_and_predictions(run, tmp_path, capsys):
+    """The table of all runs and `report.py RUN`, each with one of the files broken."""
+    shutil.copytree(run, tmp_path / "run")
+    whole = report.open_run(tmp_path / "run", "cpu")
+    read = {"result.json": 0, "predictions.csv": 0}
+    for name, mutate in ("result.json", mutate_json), ("predictions.csv", mutate_bytes):
+        path, rng = tmp_path / "run" / name, random.Random(name)
+        content = path.read_bytes()
+        for i in range(COUNT):
+            path.write_bytes(mutate(rng, content))
+            what = f"{name} {i}: {path.read_bytes()!r}"
+            found = survives(lambda: report.read_run(tmp_path / "run"), what)
+            if found:
+                entries, _, rows = found
+                assert all(0 <= entry.accuracy <= 100 for entry in entries), what
+                assert all(0 <= row["probability"] <= 1 for row in rows), what
+                survives(lambda: report.describe(whole), what)
+                read[name] += 1
+                if name == "result.json" and read[name] <= 20:  # it draws
+                    survives(lambda: report.summarise(tmp_path), what)
+        path.write_bytes(content)
+    assert all(0 < count < COUNT for count in read.values()), read
+    assert "nan" not in capsys.readouterr().out
+
+
+def test_checkpoints(tmp_path, capsys):
+    """A broken one is not used, or is named. None changes what is learned."""
+    method = train.METHODS["coop"](CLIP.from_state_dict(random_state_dict(**SIZES)), ["cat", "dog"], n_ctx=2)
+    optimizer = torch.optim.SGD(method.parameter_groups(), momentum=0.9)
+    scaler, machine = torch.amp.GradScaler("cpu", enabled=False), train.Machine(torch.device("cpu"))
+    method.loss(torch.randn(2, 3, 16, 16), torch.tensor([0, 1])).backward()
+    optimizer.step()
+    path, description = tmp_path / "checkpoint", dict(method="coop", seed=1)
+    train.Checkpoint(path, description, machine).write(method, optimizer, scaler, [0.5], [torch.tensor(0.25)])
+    content, saved, ctx = path.read_bytes(), torch.load(path, weights_only=True), method.ctx.detach().clone()
+
+    def restore():
+        checkpoint = train.Checkpoint(path, description, machine)
+        if checkpoint.restore_tensors(method):
+            return checkpoint.restore(optimizer, scaler)
+
+    assert restore() == ([0.5], [0.25])
+    rng, used = random.Random("checkpoint"), 0
+    for i in range(COUNT):
+        if i % 4:
+            path.write_bytes(mutate_bytes(rng, content))
+        else:
+            torch.save({key: value for key, value in saved.items() if key != rng.choice(list(saved))}, path)
+        restored = survives(restore, f"checkpoint {i}")
+        assert restored in (None, ([0.5], [0.25])) and torch.equal(method.ctx, ctx), f"checkpoint {i}"
+        used += restored is not None
+    assert used < COUNT / 2
+    said = capsys.readouterr().out
+    assert "is no checkpoint of this run" in said
 
 
 # ---- Data ----
