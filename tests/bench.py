@@ -95,6 +95,11 @@ CASES = [
     Case("DPT step, main phase", "dpt", {"ViT-B/32": 3.5}, limit=0.7),
     Case("UPT step", "upt", options=dict(dropout=0.0), limit=0.7),  # dropout would make the two sides differ
     Case("FG-VPL step", "fgvpl", short=True, limit=0.7),
+    Case("CAVPT step", "cavpt", limit=0.7),
+    Case("CoCoOp step, one picture", "cocoop", {"ViT-B/32": 5, "ViT-B/16": 5}, limit=0.7, batch=1),
+    Case("ProGrad step", "prograd", limit=0.7),
+    Case("ProDA step", "proda", limit=0.7),
+    Case("CLIP-Adapter step", "clip_adapter", limit=0.7),
     Case("zero-shot evaluation", "zeroshot", {"ViT-B/32": 1, "ViT-B/16": 1}, evaluation=True, short=True, limit=0.85),
     Case("CoOp evaluation", "coop", {"ViT-B/32": 2, "ViT-B/16": 1.3}, evaluation=True, short=True),
     Case("VPT evaluation", "vpt", evaluation=True),
@@ -102,7 +107,10 @@ CASES = [
     Case("DPT evaluation", "dpt", evaluation=True),
     Case("UPT evaluation", "upt", options=dict(dropout=0.0), evaluation=True),
     Case("FG-VPL evaluation", "fgvpl", evaluation=True),
-]
+    Case("CAVPT evaluation", "cavpt", evaluation=True),
+    Case("CoCoOp evaluation, two pictures", "cocoop", {"ViT-B/32": 5, "ViT-B/16": 5}, evaluation=True, batch=2),
+]  # ProGrad's evaluation is CoOp's, CLIP-Adapter's and the linear probe's are zero-shot CLIP's
+
 MANY_CLASSES, MANY_CLASSES_GB = Case("CoOp step, 1,000 classes", "coop", classes=1000), 4
 
 
@@ -212,6 +220,83 @@ class PlainDPT(PlainVLP):
         return loss + 0.3 * F.cross_entropy(self.aux[hit], labels[hit.any(dim=1)]) if hit.any() else loss
 
 
+class PlainCAVPT(PlainVLP):
+    def encode_image(self, images, text):
+        method = self.method
+        likely = self.cosines(self.frozen_features(images), method.zero_shot).topk(10).indices
+
+        def class_aware(x, _):
+            p, self.aux = method.cavpt(method.zero_shot[likely], x[0].detach())
+            return p.transpose(0, 1)
+
+        self.hit = likely == self.labels.unsqueeze(1) if self.training else None
+        return self.image_tower(images, [*method.visual_prompts, method.visual_prompts[0]], class_aware)
+
+    def loss(self, images, labels, epoch):
+        self.labels = labels
+        loss, log_p = F.cross_entropy(self(images), labels), self.aux.log_softmax(dim=-1)
+        of_label = log_p[torch.arange(len(labels)), :, labels]
+        return loss - torch.where(self.hit, of_label, log_p.mean(dim=-1)).mean()
+
+
+class PlainCoCoOp(Plain):
+    def forward(self, images):
+        f = self.clip.encode_image(images)
+        shifts = self.method.meta_net(f / f.norm(dim=-1, keepdim=True))
+        texts = [self.text_tower((self.method.ctx + shift).unsqueeze(0)) for shift in shifts]
+        return torch.cat([self.cosines(of_one, text) for of_one, text in zip(f.split(1), texts, strict=True)])
+
+
+class PlainProGrad(PlainCoOp):
+    def loss(self, images, labels, epoch):
+        ctx, logits = self.method.ctx, self(images)
+        general = self.cosines(self.clip.encode_image(images), self.method.zero_shot).softmax(dim=-1)
+        ce = F.cross_entropy(logits, labels)
+        g_d = torch.autograd.grad(ce, ctx, retain_graph=True)[0]
+        g_g = torch.autograd.grad(F.cross_entropy(logits, general), ctx)[0]
+        product = (g_d * g_g).sum()
+        g = torch.where(product < 0, g_d - product / g_g.square().sum() * g_g, g_d)
+        surrogate = (ctx * g).sum()
+        return ce.detach() + surrogate - surrogate.detach()
+
+
+class PlainProDA(Plain):
+    def prompt(self, n):
+        """All 77 tokens of a prompt of every class, with the name at its place -> unit features (K, E)."""
+        clip, method = self.clip, self.method
+        tokens = tokenize([f"{' '.join(['X'] * method.n_ctx)} {name}." for name in method.classnames])
+        x = clip.token_embedding(tokens.to(method.ctx.device))
+        x = torch.cat([x[:, :1], method.ctx[n].expand(len(x), -1, -1), x[:, 1 + method.n_ctx :]], dim=1)
+        order = method.order[method.place[n]]
+        x = torch.cat([x.take_along_dim(order.unsqueeze(-1), dim=1), x[:, order.shape[1] :]], dim=1)
+        return F.normalize(self.encode(x, tokens.argmax(dim=-1)), dim=-1)
+
+    def encode(self, x, eot):
+        clip = self.clip
+        x = clip.transformer((x + clip.positional_embedding[: x.shape[1]]).transpose(0, 1)).transpose(0, 1)
+        return clip.ln_final(x)[torch.arange(len(x)), eot] @ clip.text_projection
+
+    def loss(self, images, labels, epoch):
+        method, scale = self.method, self.clip.logit_scale.exp()
+        drawn = torch.randperm(method.n_prompts)[: method.n_per_step].tolist()
+        w = torch.stack([self.prompt(n) for n in drawn], dim=-1)  # (K, E, drawn)
+        z = F.normalize(self.clip.encode_image(images), dim=-1)
+        scores = scale * torch.einsum("be,ken->bkn", z, w)
+        margins = scores - scores[torch.arange(len(labels)), labels].unsqueeze(1)
+        loss = F.cross_entropy(scores.mean(dim=-1) + margins.var(dim=-1, correction=0) / 2, labels)
+        sos, end = method.nameless.expand(len(method.ctx), -1, -1).split([1, 2], dim=1)
+        x = torch.cat([sos, method.ctx, end, sos.new_zeros(len(sos), 74 - method.n_ctx, sos.shape[2])], dim=1)
+        f = F.normalize(self.encode(x, torch.tensor(2 + method.n_ctx)), dim=-1)
+        different = ~torch.eye(len(f), dtype=torch.bool, device=f.device)
+        return loss + method.lam * (f @ f.T).abs()[different].mean()
+
+
+class PlainCLIPAdapter(Plain):
+    def encode_image(self, images, text):
+        f = self.clip.encode_image(images)
+        return self.method.ratio * self.method.adapter(f) + (1 - self.method.ratio) * f
+
+
 class PlainUPT(Plain):
     def forward(self, images):
         text_prompts, visual_prompts = self.method.tower_prompts()
@@ -245,7 +330,8 @@ class PlainFGVPL(Plain):
 
 
 PLAIN = {"zeroshot": Plain, "coop": PlainCoOp, "vpt": PlainVPT, "vlp": PlainVLP, "dpt": PlainDPT, "upt": PlainUPT,
-         "fgvpl": PlainFGVPL}
+         "fgvpl": PlainFGVPL, "cavpt": PlainCAVPT, "cocoop": PlainCoCoOp, "prograd": PlainProGrad, "proda": PlainProDA,
+         "clip_adapter": PlainCLIPAdapter}
 
 
 # ---- Running a case ----
@@ -282,6 +368,7 @@ def runner(case, method, images, labels, dtype=None):
     learned = {name.removeprefix("method."): p for name, p in method.named_parameters() if p.requires_grad}
 
     def step():
+        torch.manual_seed(2)  # ProDA draws some of its prompts
         with machine.autocast():
             loss = method.loss(images, labels, case.epoch)
         optimizer.zero_grad()
@@ -302,13 +389,14 @@ def runner(case, method, images, labels, dtype=None):
 
 
 def assert_same(ours, plain, case):
-    """Every result within 1e-4 of the largest entry that it has on the plain side."""
+    """Every result within 1e-4 of its largest entry on the plain side. Gradients far below the others are rounding."""
     assert ours.keys() == plain.keys(), f"{case.name}: the two sides learn different tensors"
+    largest = max((float(b.abs().max()) for name, b in plain.items() if b is not None and name != "loss"), default=0)
     for name, b in plain.items():
         if b is None:  # DPT's auxiliary classifier in a batch without a label among the likely classes
             assert ours[name] is None, f"{case.name}, {name}: only one side has a gradient"
             continue
-        error, scale = float((ours[name] - b).abs().max()), float(b.abs().max())
+        error, scale = float((ours[name] - b).abs().max()), max(float(b.abs().max()), 1e-3 * largest)
         assert error <= 1e-4 * scale, f"{case.name}, {name}: the two sides are {error:.2g} apart, of {scale:.2g}"
 
 
@@ -338,18 +426,28 @@ def unavoidable(case, method, batch):
     width, n = len(visual.class_embedding), len(visual.positional_embedding) - 1
     total = batch * n * visual.conv1.weight.numel()
     guided = case.method == "vlp" and case.epoch < 30 and not case.evaluation
-    if case.method in ("zeroshot", "coop", "dpt") or guided:  # the tower without prompts
+    without_prompts = "zeroshot", "coop", "cocoop", "prograd", "proda", "clip_adapter"
+    if case.method in (*without_prompts, "dpt", "cavpt") or guided:  # the tower as it is
         total += blocks(batch * (1 + n), 0, batch, visual)
-    if case.method not in ("zeroshot", "coop"):  # the tower with what is learned
+    if case.method not in without_prompts:  # the tower with what is learned
         fgvpl = case.method == "fgvpl"  # its prompt travels on as a token
-        prompts = (method.default_options() | case.options).get("n_visual", 0)
-        forward = blocks(batch * (1 + n + fgvpl), prompts, batch, visual)
+        n_visual = (method.default_options() | case.options).get("n_visual", 0)
+        forward = blocks(batch * (1 + n + fgvpl), n_visual, batch, visual)
         total += forward if case.evaluation else 2 * forward - 3 * batch * (1 + n) * width**2
         if fgvpl:
             total += (2 * batch * (2 + n) + 10 * batch) * width**2 * (1 if case.evaluation else 3)
-    if case.method in ("coop", "vlp", "dpt", "upt"):
-        own, shared = int((method.eot + 1).sum()), 1 + method.n_ctx
-        forward = blocks(shared + own, 0, len(method.classnames), text)
+    prompts = []  # of the text tower: how often, tokens that are shared, own tokens of all texts, texts
+    if case.method in ("coop", "vlp", "dpt", "cavpt", "upt", "cocoop", "prograd"):
+        repeats = batch if case.method == "cocoop" else 1  # for every picture anew
+        prompts = [(repeats, 1 + method.n_ctx, int((method.eot + 1).sum()), len(method.classnames))]
+    if case.method == "proda":  # those of a step, then all without names
+        torch.manual_seed(2)
+        for n in torch.randperm(method.n_prompts)[: method.n_per_step].tolist():
+            shared = 1 + method.in_front[method.place[n]]
+            prompts.append((1, shared, int((method.eot + 1 - shared).sum()), len(method.eot)))
+        prompts.append((1, 1, method.n_prompts * (method.n_ctx + 2), method.n_prompts))
+    for repeats, shared, own, texts in prompts:
+        forward, own = repeats * blocks(shared + own, 0, texts, text), repeats * own
         total += forward if case.evaluation else 2 * forward - 3 * own * text.positional_embedding.shape[1] ** 2
     return 2 * total
 
