@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from clip_min import SEVEN, Method, UserError, encode, full_precision, tokenize
+from clip_min import SEVEN, Method, UserError, encode, full_precision, tokenize, whole_batch
 
 SGD = dict(optimizer="sgd", momentum=0.9, weight_decay=5e-4, crop_scale=(0.08, 1.0))  # CoOp's code
 COOP = SGD | dict(lr=0.002, warmup_epochs=1, batch_size=32, epochs={1: 50, 2: 100, 4: 100, 8: 200, 16: 200},
@@ -57,6 +57,9 @@ class ContextPrompt(Method):
         self.prompt_texts = [f"{self.ctx_init or f'[{self.n_ctx} vectors]'} {name}." for name in self.classnames]
         shared, own, eot = self.clip.embed_prompts(self.classnames, self.n_ctx)
         self.shared, self.own, self.eot = (nn.Buffer(x, persistent=False) for x in (shared, own, eot))
+
+    def contexts(self):  # (M, D)
+        return self.ctx
 
     def encode_context(self, ctx):
         """ctx (M, D) -> the classifier (K, E), not normalised. What all classes begin with is encoded once."""
@@ -122,8 +125,9 @@ class ProGrad(ContextPrompt):
         ce = F.cross_entropy(logits, labels)
         kl = F.cross_entropy(logits, self.clip.logits(f, self.zero_shot).softmax(dim=-1))  # Eq. 3
         scale = 1024  # in fp16 small gradients would become zero on their way back
-        of_ce = torch.autograd.grad(scale * ce, self.ctx, retain_graph=True)[0]
-        of_kl = torch.autograd.grad(scale * kl, self.ctx)[0]
+        share = len(labels) / whole_batch(torch.ones_like(labels).sum())  # of the batch; under torchrun not all of it
+        of_ce = whole_batch(share * torch.autograd.grad(scale * ce, self.ctx, retain_graph=True)[0])
+        of_kl = whole_batch(share * torch.autograd.grad(scale * kl, self.ctx)[0])
         conflict = (of_ce * of_kl).sum().clamp(max=0)
         length = of_kl.square().sum().clamp(min=torch.finfo(of_kl.dtype).tiny)
         gradient = (of_ce - self.lam * conflict / length * of_kl) / scale  # Eq. 4
@@ -176,6 +180,9 @@ class ProDA(Method):
         order = [[[0, *context[:in_front], *range(1 + m, end), *context[in_front:], *range(end, length)]
                   for end in ends] for in_front in self.in_front]
         self.order = nn.Buffer(torch.tensor(order, device=device), persistent=False)  # (3, K, L)
+
+    def contexts(self):  # (N, M, D)
+        return self.ctx
 
     def encode_prompt(self, n):
         """The number of a prompt -> w_c(n) of all classes (K, E), unit."""
@@ -278,11 +285,15 @@ class LinearProbe(Method):
         f, labels = zip(*((self.clip.encode_image(images), labels) for images, labels in batches), strict=True)
         return torch.cat(f).double(), torch.cat(labels)
 
+    def encode_text(self):
+        """-> W (K, E): the rows stand where other methods have text features."""
+        return self.weight
+
     def forward(self, images, text=None):
-        """images (B, 3, R, R) -> logits (B, K). `text` is not used."""
-        f = self.clip.encode_image(images).float()
+        """images (B, 3, R, R), text W (K, E) or None -> logits (B, K)."""
+        f, w = self.clip.encode_image(images).float(), self.weight if text is None else text
         with full_precision(images.device):
-            return f @ self.weight.T + self.bias
+            return f @ w.T + self.bias
 
     def for_classes(self, classnames, columns=None):
         """See Method. Every row of W belongs to a training class: `columns` tells which of them to keep."""

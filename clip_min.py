@@ -60,7 +60,7 @@ def full_precision(device):
 
 
 def whole_batch(count):
-    """A count over this process's pictures -> over the batch: under torchrun the processes share its pictures."""
+    """A sum over this process's pictures -> over the batch: under torchrun the processes share its pictures."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         count = count.clone()
         torch.distributed.all_reduce(count)
@@ -451,7 +451,7 @@ class Method(nn.Module):
         return self.zero_shot
 
     def contexts(self):
-        """-> the learned vectors that enter the text tower's first layer, (M, D) or (K, M, D), or None."""
+        """-> the learned vectors that enter the text tower's first layer, (M, D) or (number, M, D), or None."""
         return None
 
     def encode_image(self, images, text=None):

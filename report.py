@@ -22,6 +22,7 @@ import statistics
 import sys
 import unicodedata
 from collections import Counter
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -58,7 +59,7 @@ def parse_arguments(argv):
     add("--mistakes", type=train.above(0, int), nargs="?", const=20, metavar="N", help="how many (default: 20)")
     add("--predict", nargs="+", metavar="PATH", help="pictures, or folders of pictures")
     add("--csv", metavar="FILE", help="with --predict: write the predictions there, too")
-    add("--threshold", type=float, default=0, metavar="P", help="with --predict: a less likely class is none")
+    add("--threshold", type=float, default=0, metavar="P", help="with --predict: the classes of a picture are none if the best is less likely")
     add("--eval-on", nargs="+", default=[], metavar="DATA", help="data sets' names or folders of pictures")
     add("--export", metavar="FILE", help="a safetensors file to write")
     add("--attention", nargs="+", metavar="FILE", help="pictures")
@@ -134,7 +135,8 @@ def save(path, content):
         part.write_bytes(content)
         part.replace(path)
     except OSError as error:
-        part.unlink(missing_ok=True)
+        with suppress(OSError):  # where nothing can be written, nothing can be removed
+            part.unlink()
         raise UserError(f"{path} cannot be written ({error.strerror}): make room or choose another place.") from error
     print(f"saved         {path}", file=sys.stderr)  # stdout may be a file for the tables
 
@@ -345,16 +347,18 @@ def draw_variances(gains, variances, path):
 # ---- One run ----
 
 
-def read_run(folder):
+def read_run(run):
     """-> what read_result gives, and a dictionary for each test picture: picture, class, predicted class, ..."""
-    found, path = read_result(folder / "result.json"), folder / "predictions.csv"
+    found, path = read_result(run.folder / "result.json"), run.folder / "predictions.csv"
     if not found:
-        raise UserError(f"{folder} has no result.json of train.py: train again.")
+        raise UserError(f"{run.folder} has no result.json of train.py: train again.")
     try:
         with path.open(newline="", encoding="utf-8", errors="surrogateescape") as file:
             rows = [row | {"probability": float(row["probability"])} for row in csv.DictReader(file)]
-        if len(rows) != found[1]["test_images"] or not all(0 <= row["probability"] <= 1 for row in rows):
-            raise ValueError(f"{len(rows)} rows, or a probability that is none")
+        known = {row[column] for row in rows for column in ("class", "predicted class")} <= {*run.saved["classnames"]}
+        is_whole = known and all(row["picture"] and 0 <= row["probability"] <= 1 for row in rows)
+        if len(rows) != found[1]["test_images"] or not is_whole:
+            raise ValueError(f"{len(rows)} rows, or one without a known class or a probability")
         return *found, rows
     except (OSError, ValueError, LookupError, TypeError, csv.Error) as error:
         raise UserError(f"{path} cannot be read as the predictions of a run ({error}): train again.") from error
@@ -362,7 +366,7 @@ def read_run(folder):
 
 def describe(run):
     """Print settings, accuracies, worst classes, confusions and the words near the contexts; write RUN/report.csv."""
-    entries, result, rows = read_run(run.folder)
+    entries, result, rows = read_run(run)
     for name, value in vars(run.settings).items():
         print(f"{name:13} {value}")
     answers = Counter((row["class"], row["predicted class"]) for row in rows)
@@ -413,7 +417,7 @@ def nearest_words(method):
 def draw_mistakes(run, count, root):
     """RUN/mistakes.png: the test pictures whose wrong class had the highest probability."""
     bench = data.load(run.saved["data_path"] or run.saved["data"], root, shots=0)
-    wrong = [row for row in read_run(run.folder)[2] if row["class"] != row["predicted class"]]
+    wrong = [row for row in read_run(run)[2] if row["class"] != row["predicted class"]]
     if not wrong:
         raise UserError(f"{run.folder} made no mistake on its test pictures.")
     cells = []
@@ -457,7 +461,7 @@ def predict(run, paths, csv_file, threshold):
                 if number >= 0:
                     row = [files[number]]
                     for i, p in zip(found, values, strict=True):
-                        row += [names[i] if p >= threshold else "none", f"{p:.4f}"]
+                        row += [names[i] if values[0] >= threshold else "none", f"{p:.4f}"]
                     rows.append(row)
     data.show("", keep=True)
     for file, *answers in rows[1:]:
@@ -483,7 +487,7 @@ def export(run, path):
     """Write the classifier (K, E), unit rows, as safetensors: eight bytes of length, a JSON header, the numbers."""
     method, kind = run.method, type(run.method)
     if kind.encode_image is not Method.encode_image or kind.forward is not Method.forward:
-        raise UserError(f"{run.settings.method} changes more of CLIP than the classifier, so other programs cannot use "
+        raise UserError(f"{run.settings.method} is more than CLIP with another classifier, so other programs cannot use "
                         "it: use --predict, or train.load_run in Python.")
     text = F.normalize(method.encode_text().float(), dim=-1)
     notes = {"classnames": json.dumps(method.classnames), "templates": json.dumps(method.templates),

@@ -446,6 +446,7 @@ def choose_machine(device, precision, workers):
     except (AssertionError, NotImplementedError, RuntimeError) as error:  # the first from a PyTorch without CUDA
         raise UserError(f"--device {device} cannot be used by PyTorch here: use cuda or cpu.") from error
     device = torch.device(device)
+    torch.backends.cudnn.allow_tf32 = False  # else cuDNN rounds what an fp32 convolution multiplies
     if precision == "auto":  # emulated bf16, as on a V100 or T4, is slower than fp16
         native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         precision = "fp32" if device.type != "cuda" else "bf16" if native else "fp16"

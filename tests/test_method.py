@@ -420,6 +420,7 @@ def test_it_runs_on_another_device(name, clip, monkeypatch):
     assert all(tensor.device.type == "meta" for tensor in made)
 
 
+@pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 @every_method
 def test_on_a_gpu_it_is_made_there_and_gives_what_it_gives_on_a_cpu(name, clip):

@@ -199,7 +199,7 @@ def test_results_and_predictions(run, tmp_path, capsys):
         for i in range(COUNT):
             path.write_bytes(mutate(rng, content))
             what = f"{name} {i}: {path.read_bytes()!r}"
-            found = survives(lambda: report.read_run(tmp_path / "run"), what)
+            found = survives(lambda: report.read_run(whole), what)
             if found:
                 entries, _, rows = found
                 assert all(0 <= entry.accuracy <= 100 for entry in entries), what
@@ -210,7 +210,7 @@ def test_results_and_predictions(run, tmp_path, capsys):
                     survives(lambda: report.summarise(tmp_path), what)
         path.write_bytes(content)
     assert all(0 < count < COUNT for count in read.values()), read
-    assert "nan" not in capsys.readouterr().out
+    assert "nan %" not in capsys.readouterr().out
 
 
 def test_checkpoints(tmp_path, capsys):

@@ -380,6 +380,8 @@ def test_a_run_without_training_is_described_without_a_loss_or_contexts(runs, ca
 
 def test_only_the_ten_worst_classes_are_printed_and_all_are_written(runs, capsys):
     write_predictions(runs[0], [(f"{i}.png", f"c{i}", f"c{i // 2}", 0.5) for i in range(15)])
+    saved = torch.load(runs[0] / "prompts.pt", weights_only=True)
+    torch.save(saved | dict(classnames=[f"c{i}" for i in range(15)]), runs[0] / "prompts.pt")
     start(runs[0])
     assert capsys.readouterr().out.count("\n| c") == 2 * (1 + 10)  # with the heads
     lines = (runs[0] / "report.csv").read_text().splitlines()
@@ -518,6 +520,14 @@ def test_a_class_below_the_threshold_is_none(world, runs, capsys):
     start(runs[0], "--predict", picture, "--threshold", 1.01)
     line = capsys.readouterr().out.strip()
     assert line.startswith(f"{picture}: none 0.") and line.count("none") == 3
+    start(runs[0], "--predict", picture, "--threshold", 0.34)  # of three classes the best is likelier, others are not
+    assert "none" not in capsys.readouterr().out
+
+
+def test_a_table_for_a_folder_that_is_a_file_is_refused_in_one_sentence(world, runs, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    start(runs[0], "--predict", world / "photos" / "red" / "00.png", "--csv", tmp_path / "file" / "p.csv", status=2)
+    assert f"{tmp_path / 'file' / 'p.csv'} cannot be written" in capsys.readouterr().err
 
 
 def test_a_folder_without_pictures_is_an_error(runs, tmp_path, capsys):
