@@ -109,7 +109,7 @@ CASES = [
     Case("UPT evaluation", "upt", options=dict(dropout=0.0), evaluation=True),
     Case("FG-VPL evaluation", "fgvpl", evaluation=True),
     Case("CAVPT evaluation", "cavpt", evaluation=True),
-    Case("ProDA evaluation", "proda", evaluation=True),
+    Case("ProDA evaluation, four prompts", "proda", options=dict(n_prompts=4), evaluation=True),
     Case("CoCoOp evaluation, two pictures", "cocoop", {"ViT-B/32": 5, "ViT-B/16": 5}, evaluation=True, batch=2),
 ]  # ProGrad's evaluation is CoOp's; those of CLIP-Adapter, Tip-Adapter and the linear probe are zero-shot CLIP's
 
