@@ -59,7 +59,7 @@ def parse_arguments(argv):
     add("--mistakes", type=train.above(0, int), nargs="?", const=20, metavar="N", help="how many (default: 20)")
     add("--predict", nargs="+", metavar="PATH", help="pictures, or folders of pictures")
     add("--csv", metavar="FILE", help="with --predict: write the predictions there, too")
-    add("--threshold", type=float, default=0, metavar="P", help="with --predict: the classes of a picture are none if the best is less likely")
+    add("--threshold", type=float, default=0, metavar="P", help="with --predict: none if the best is less likely")
     add("--eval-on", nargs="+", default=[], metavar="DATA", help="data sets' names or folders of pictures")
     add("--export", metavar="FILE", help="a safetensors file to write")
     add("--attention", nargs="+", metavar="FILE", help="pictures")
@@ -487,8 +487,8 @@ def export(run, path):
     """Write the classifier (K, E), unit rows, as safetensors: eight bytes of length, a JSON header, the numbers."""
     method, kind = run.method, type(run.method)
     if kind.encode_image is not Method.encode_image or kind.forward is not Method.forward:
-        raise UserError(f"{run.settings.method} is more than CLIP with another classifier, so other programs cannot use "
-                        "it: use --predict, or train.load_run in Python.")
+        raise UserError(f"{run.settings.method} is more than CLIP with another classifier, so other programs cannot "
+                        "use it: use --predict, or train.load_run in Python.")
     text = F.normalize(method.encode_text().float(), dim=-1)
     notes = {"classnames": json.dumps(method.classnames), "templates": json.dumps(method.templates),
              "logit_scale": str(method.clip.logit_scale.exp().item()), "backbone": run.settings.backbone}

@@ -594,7 +594,7 @@ class Checkpoint:
             yield
         except Exception as error:  # another version of PyTorch or of a method, or a file that somebody changed
             detail = " ".join(str(error).split())[:80]
-            raise UserError(f"{self.path} does not fit this run ({detail}): remove it, and the run begins anew.") from error
+            raise UserError(f"{self.path} does not fit this run ({detail}): remove it to begin anew.") from error
 
     def is_due(self):
         return time.time() - self.written > CHECKPOINT_SECONDS

@@ -362,9 +362,13 @@ def build(case, backbone, device, with_openai=True):
     torch.manual_seed(1)
     ours = METHODS[case.method](clip, names, **case.options).to(device)
     if case.method == "fgvpl":  # what the cache of 16 shots holds makes no difference to the time
-        keys = F.normalize(torch.randn(1 + ours.has_object, 16 * len(names), ours.zero_shot.shape[1], device=device), dim=-1)
+        sides, joint = len(ours.keys), ours.zero_shot.shape[1]
+        keys = F.normalize(torch.randn(sides, 16 * len(names), joint, device=device), dim=-1)
         ours.set_cache(keys, torch.arange(len(names), device=device).repeat_interleave(16))
-    plain = PLAIN[case.options.get("parts", case.method)](ours, openai_clip(state).requires_grad_(False).to(device)) if with_openai else None
+    plain = None
+    if with_openai:
+        official = openai_clip(state).requires_grad_(False).to(device)
+        plain = PLAIN[case.options.get("parts", case.method)](ours, official)
     on_gpu = GPU_TEST_BATCH if case.evaluation else GPU_TRAIN_BATCH
     on_cpu = TEST_BATCH if case.evaluation else TRAIN_BATCH[backbone]
     batch = case.batch or (on_gpu if device == "cuda" else on_cpu)
