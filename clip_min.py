@@ -28,7 +28,7 @@ import sys
 import time
 import zipfile
 from collections import Counter, OrderedDict
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
 import ftfy
@@ -602,8 +602,9 @@ def download(url, path, algorithm=None, digest=None, check=None):
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         for left in path.parent.glob(f"{path.name}.*.part*"):  # of processes that were killed
-            if time.time() - left.stat().st_mtime > 3600:
-                left.unlink(missing_ok=True)
+            with suppress(FileNotFoundError):  # another process, which is alive, may have renamed its own meanwhile
+                if time.time() - left.stat().st_mtime > 3600:
+                    left.unlink()
         torch.hub.download_url_to_file(url, str(part), progress=sys.stderr.isatty())
         if digest and file_digest(part, algorithm) != digest:
             raise ValueError(f"it does not have the {algorithm} hash {digest}")

@@ -492,6 +492,8 @@ def test_cache_training_and_evaluation_run_under_the_runs_precision_and_tensors_
         *args, enabled=enabled))
     assert start("--method", "toy", "--precision", precision) == 0
     assert len(Toy.last.autocast) == 4 and set(Toy.last.autocast) == {precision != "fp32"}  # with two epochs
+    towers = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    assert Toy.last.clip.visual.proj.dtype == towers and Toy.last.clip.logit_scale.dtype == torch.float32
     assert prompts(only_run(tmp_path / "runs"))["tensors"]["a"].dtype == torch.float32
     assert scaled == [precision == "fp16"]  # whose small gradients would be zero otherwise
 
@@ -1027,7 +1029,7 @@ def test_prompts_that_the_machine_cannot_read_are_not_called_broken(tmp_path, mo
     def denied(*_, **__):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(torch, "load", denied)
+    monkeypatch.setattr(train.zipfile, "ZipFile", denied)
     message = refusal(tmp_path)
     assert str(tmp_path / "prompts.pt") in message and "Permission denied" in message and "train again" not in message
 

@@ -974,6 +974,13 @@ def test_temporary_files_of_killed_processes_are_cleared_and_those_of_running_on
     assert below(tmp_path) == ["f", "f.4567abcd.part", "other.part1.zip"]
 
 
+def test_a_temporary_file_that_another_process_renames_meanwhile_is_no_hindrance(server, tmp_path, monkeypatch):
+    monkeypatch.setattr(Path, "glob", lambda self, pattern: [tmp_path / "f.0123abcd.part"])
+    server.files = {"/f": b"hello"}
+    download(f"{server.url}/f", tmp_path / "f")
+    assert (tmp_path / "f").read_bytes() == b"hello"
+
+
 def test_a_folder_that_cannot_be_made_is_one_sentence(server, tmp_path):
     server.files = {"/f": b"hello"}
     write(tmp_path / "taken", b"a file where a folder should be")
