@@ -10,9 +10,8 @@
     linear probe  Radford et al., the paper of CLIP, arXiv:2103.00020, Appendix A.3, with few shots as in CoOp's
                   Section 4. Code: github.com/KaiyangZhou/CoOp, lpclip/linear_probe.py
 
-The classes have their equations. f is the image feature, z the same made unit, g the text tower and 1 / tau is
-clip.logit_scale.exp(); both towers are frozen. Where a paper names no crops, momentum, weight decay or schedule, they
-are those of CoOp's code, on which all this code is built.
+The classes have their equations: f is the image feature, z the same made unit, g the text tower, and 1 / tau is
+clip.logit_scale.exp(). Crops, momentum, weight decay and schedule are CoOp's where a paper names none.
 
 To use it elsewhere, copy this file, clip_min.py and assets/bpe_merges.txt.gz.
 B images, K classes, M = n_ctx context vectors, N prompts, n few-shot pictures, D text width, E joint width.
@@ -151,8 +150,7 @@ class ProDA(Method):
     and chosen: variances are divided by the number drawn, contexts begin as CoOp's, there is no warm-up.
     """
 
-    # Section 4 of the paper; the rest is CoOp's.
-    recipe = SGD | dict(lr=0.001, warmup_epochs=0, batch_size=20, epochs=100)
+    recipe = SGD | dict(lr=0.001, warmup_epochs=0, batch_size=20, epochs=100)  # its Section 4; the rest is CoOp's
 
     def __init__(self, clip, classnames, templates=("a photo of a {}.",), *, n_prompts=32, n_per_step=4, n_ctx=16,
                  lam=0.1):
@@ -180,9 +178,6 @@ class ProDA(Method):
         order = [[[0, *context[:in_front], *range(1 + m, end), *context[in_front:], *range(end, length)]
                   for end in ends] for in_front in self.in_front]
         self.order = nn.Buffer(torch.tensor(order, device=device), persistent=False)  # (3, K, L)
-
-    def contexts(self):  # (N, M, D)
-        return self.ctx
 
     def encode_prompt(self, n):
         """The number of a prompt -> w_c(n) of all classes (K, E), unit."""
@@ -285,15 +280,11 @@ class LinearProbe(Method):
         f, labels = zip(*((self.clip.encode_image(images), labels) for images, labels in batches), strict=True)
         return torch.cat(f).double(), torch.cat(labels)
 
-    def encode_text(self):
-        """-> W (K, E): the rows stand where other methods have text features."""
-        return self.weight
-
     def forward(self, images, text=None):
-        """images (B, 3, R, R), text W (K, E) or None -> logits (B, K)."""
-        f, w = self.clip.encode_image(images).float(), self.weight if text is None else text
+        """images (B, 3, R, R) -> logits (B, K). `text` is not used."""
+        f = self.clip.encode_image(images).float()
         with full_precision(images.device):
-            return f @ w.T + self.bias
+            return f @ self.weight.T + self.bias
 
     def for_classes(self, classnames, columns=None):
         """See Method. Every row of W belongs to a training class: `columns` tells which of them to keep."""
