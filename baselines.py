@@ -12,7 +12,6 @@
 
 The classes have their equations: f is the image feature, z the same made unit, g the text tower, and 1 / tau is
 clip.logit_scale.exp(). Crops, momentum, weight decay and schedule are CoOp's where a paper names none.
-
 To use it elsewhere, copy this file, clip_min.py and assets/bpe_merges.txt.gz.
 B images, K classes, M = n_ctx context vectors, N prompts, n few-shot pictures, D text width, E joint width.
 """
@@ -151,6 +150,7 @@ class ProDA(Method):
     """
 
     recipe = SGD | dict(lr=0.001, warmup_epochs=0, batch_size=20, epochs=100)  # its Section 4; the rest is CoOp's
+    contexts = ContextPrompt.contexts  # (N, M, D)
 
     def __init__(self, clip, classnames, templates=("a photo of a {}.",), *, n_prompts=32, n_per_step=4, n_ctx=16,
                  lam=0.1):

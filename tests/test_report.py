@@ -441,6 +441,12 @@ def test_the_words_near_the_contexts_are_those_they_were_made_of():
     assert [row[0][0] for row in report.nearest_words(every_class)] == ["a", "photo", "of", "a"] * 2
 
 
+@pytest.mark.parametrize("name,number", [("cocoop", 4), ("prograd", 16), ("proda", 32 * 16), ("dpt", 16), ("upt", 4)])
+def test_words_are_named_for_every_learned_context_vector(name, number):
+    words = report.nearest_words(train.METHODS[name](random_clip(), ["cat", "dog"]))
+    assert len(words) == number and all(len(row) == 3 for row in words)
+
+
 def test_a_method_without_learned_words_has_none_near_them():
     assert report.nearest_words(train.METHODS["vpt"](random_clip(), ["cat"])) == []
 
