@@ -17,18 +17,13 @@ B images, R resolution, N patches, K texts, P shared tokens, S own tokens per te
 import copy
 import functools
 import gzip
-import hashlib
 import html
 import json
 import math
 import pickle
-import secrets
-import socket
-import sys
-import time
 import zipfile
 from collections import Counter, OrderedDict
-from contextlib import nullcontext, suppress
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import ftfy
@@ -371,7 +366,7 @@ class CLIP(nn.Module):
 
     @classmethod
     def from_state_dict(cls, state_dict, activation="quickgelu", vision_heads=None, text_heads=None):
-        """OpenAI's keys, or what openai_keys makes of others -> CLIP with fp32 parameters, frozen, eval().
+        """A state dict in OpenAI's keys -> CLIP with fp32 parameters, frozen, eval().
 
         Heads are 64 wide where their number is not given. UserError where a key or a shape is amiss.
         """
@@ -379,10 +374,11 @@ class CLIP(nn.Module):
             raise UserError(f"The activation is {activation}: choose {' or '.join(ACTIVATIONS)}.")
         state = {}  # under our keys: blocks lie directly in their tower, the text tower is a module of its own
         try:
-            for key, tensor in openai_keys(state_dict).items():
+            for key, tensor in state_dict.items():
+                if key in ("input_resolution", "context_length", "vocab_size"):  # beside the weights in OpenAI's files
+                    continue
                 prefix = "" if key.startswith(("visual.", "logit_scale")) else "text."
                 state[prefix + key.replace("transformer.resblocks.", "blocks.")] = tensor.float()
-            state["logit_scale"] = state["logit_scale"].reshape(())  # some write (1,)
             layers = Counter(".".join(key.split(".")[:2]) for key in state if key.endswith(".ln_1.weight"))
             vision_width, _, patch, _ = state["visual.conv1.weight"].shape
             grid = math.isqrt(len(state["visual.positional_embedding"]) - 1)
@@ -407,10 +403,6 @@ class CLIP(nn.Module):
         except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
             if lacks_memory(error):
                 raise
-            for part, model in LOOKALIKES.items():
-                if any(part in key for key in state):
-                    raise UserError(f"These are the weights of {model}, and only CLIPs with a ViT are supported: use "
-                                    "ViT-B/16.") from error
             detail = " ".join(str(error).split())[:300]
             raise UserError(f"These are not the weights of a CLIP ViT: {detail}.") from error
         return clip.requires_grad_(False).eval()
@@ -525,120 +517,35 @@ class Method(nn.Module):
 
 # ------------------------------------------------------------------------------------------------------------ weights
 
-HUB = "https://huggingface.co/{}/resolve/main/{}"
-OPENAI_MODELS = {  # the repositories from which open_clip takes OpenAI's weights
-    "ViT-B/32": "timm/vit_base_patch32_clip_224.openai", "ViT-B/16": "timm/vit_base_patch16_clip_224.openai",
-    "ViT-L/14": "timm/vit_large_patch14_clip_224.openai", "ViT-L/14@336px": "timm/vit_large_patch14_clip_336.openai",
-}
-CONFIGURATIONS = {  # of the weights files that folders and repositories have: open_clip's, then transformers'
-    "open_clip_model.safetensors": "open_clip_config.json", "open_clip_pytorch_model.bin": "open_clip_config.json",
-    "model.safetensors": "config.json", "pytorch_model.bin": "config.json",
-}
-
 
 def load_clip(name_or_path, device="cpu", activation=None):
     """-> CLIP with fp32 parameters, frozen, eval(); UserError where there is none or it cannot be read.
 
-    name_or_path: "tiny"; a name in OPENAI_MODELS, or with dashes as ViT-B-16; owner/name of a repository on the hub; a
-    weights file; or a folder with one. activation: "gelu" or "quickgelu"; None means what the configuration beside the
-    weights says, and QuickGELU where there is none.
+    name_or_path: "tiny"; "ViT-B/32", "ViT-B/16", "ViT-L/14" or "ViT-L/14@336px"; owner/name of a repository on the hub;
+    a weights file; or a folder with one. activation: "gelu" or "quickgelu"; None means what a configuration beside the
+    weights says, and QuickGELU where there is none. This file reads OpenAI's archives, and state dicts in OpenAI's keys
+    that torch.save or safetensors wrote; names and all other forms are support/weights.py's.
     """
-    path = find_weights(str(name_or_path))
-    return read_clip(path, path.parent, activation).to(device)
-
-
-def find_weights(name):
-    """The weights file that a name, a folder or a path means. What a name means is fetched at first use."""
-    if name == "tiny":
-        return ASSETS / "tiny_clip.safetensors.gz"
-    path, cache, dashed = Path(name).expanduser(), Path.home() / ".cache" / "clip", dashes(name)
-    repository = {dashes(model): repository for model, repository in OPENAI_MODELS.items()}.get(dashed, name)
-    places = [path, cache / f"{dashed}.pt", cache / f"{dashed}.safetensors"]  # OpenAI's package uses the second
-    for place in places + [folder / file for folder in (path, cache / repository) for file in CONFIGURATIONS]:
-        if place.is_file():
-            return place
-    if path.is_dir():
-        kind = "is a diffusion pipeline" if (path / "model_index.json").exists() else "has no weights of a CLIP"
-        raise UserError(f"The folder {path} {kind}: give one with {' or '.join(CONFIGURATIONS)}.")
-    if not regex.fullmatch(r"(?!ViT-)[\w-]+/[\w.-]+", repository) or path.suffix in (".pt", ".bin", ".safetensors"):
-        raise UserError(f"There is no weights file {path}: give one, or a name of tiny, {', '.join(OPENAI_MODELS)}, or "
-                        "owner/name of a CLIP on huggingface.co.")
-    for file, configuration in CONFIGURATIONS.items():
-        try:
-            for wanted in configuration, file:
-                download(HUB.format(repository, wanted), cache / repository / wanted, check=check_whole)
-            return cache / repository / file
-        except UserError as error:
-            if getattr(error.__cause__, "code", None) != 404:  # 404: the repository does not have this file
-                raise
-    raise UserError(f"{repository} on the hub has none of {', '.join(CONFIGURATIONS)}: name another.")
-
-
-def dashes(name):  # ViT-L/14@336px -> ViT-L-14-336px
-    return name.replace("/", "-").replace("@", "-")
-
-
-def check_whole(path):
-    """Raise an error unless a configuration or a weights file, under its temporary name, can be read to its end."""
-    if ".json." in path.name:
-        json.loads(path.read_bytes())
-    else:
-        read_clip(path, path.parent)
-
-
-def download(url, path, algorithm=None, digest=None, check=None):
-    """Fetch url into path, unless it is there already. UserError in one sentence, whatever goes wrong.
-
-    algorithm: one of hashlib's, or "git" for the id of a git blob; digest: the hex expected. Where the source states
-    none, check(file) raises an error if the content is not whole: torch.hub takes a closed connection for the end.
-    """
-    path = Path(path)
-    if path.is_file():
-        return
-    print(f"Downloading {url}", file=sys.stderr)
-    part = path.with_name(f"{path.name}.{secrets.token_hex(4)}.part")  # every process has a file of its own
-    timeout = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(60)  # seconds without a byte
+    path = Path(name_or_path).expanduser()
+    has_configuration = any((path.parent / name).exists() for name in ("open_clip_config.json", "config.json"))
+    if path.is_file() and not has_configuration:
+        with named_faults(path):
+            state = read_weights(path)
+            if "visual.class_embedding" in state:
+                return CLIP.from_state_dict(state, activation or "quickgelu").to(device)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        for left in path.parent.glob(f"{path.name}.*.part*"):  # of processes that were killed
-            with suppress(FileNotFoundError):  # another process, which is alive, may have renamed its own meanwhile
-                if time.time() - left.stat().st_mtime > 3600:
-                    left.unlink()
-        torch.hub.download_url_to_file(url, str(part), progress=sys.stderr.isatty())
-        if digest and file_digest(part, algorithm) != digest:
-            raise ValueError(f"it does not have the {algorithm} hash {digest}")
-        if check:
-            check(part)
-        part.replace(path)
-    except MachineError:  # reading the file again will say what the machine lacks
-        part.replace(path)
-    except Exception as error:  # a malformed answer can fail anywhere in urllib
-        if part.exists():
-            part.unlink()
-        detail = " ".join(str(error).split())[:300]
-        raise UserError(f"{url} could not be fetched ({detail}): try again, or put it at {path} by hand, for example "
-                        "with curl -L -C - -o, which goes on where it broke off.") from error
-    finally:
-        socket.setdefaulttimeout(timeout)
+        from support import weights
+    except ModuleNotFoundError as error:
+        raise UserError(f"{name_or_path} is no file of OpenAI's weights, or not in OpenAI's keys: copy the project's "
+                        "folder support, which knows names and other forms, beside clip_min.py.") from error
+    return weights.load(str(name_or_path), activation).to(device)
 
 
-def file_digest(path, algorithm):
-    """Hex digest of a file; "git" is git's blob id: sha1 over a short header and the content."""
-    h = hashlib.sha1(b"blob %d\0" % path.stat().st_size) if algorithm == "git" else hashlib.new(algorithm)
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            h.update(chunk)
-    return h.hexdigest()
-
-
-def read_clip(path, folder, activation=None):
-    """The CLIP of a weights file, with the configuration in folder. UserError, or MachineError, names the file."""
+@contextmanager
+def named_faults(path):
+    """Whatever reading a weights file raises becomes a UserError, or MachineError, that names the file."""
     try:
-        configuration = read_configuration(folder)
-        if activation:
-            configuration["activation"] = activation
-        return CLIP.from_state_dict(read_weights(path), **configuration)
+        yield
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
     except Exception as error:  # a broken file can fail anywhere in the readers
@@ -657,83 +564,6 @@ def lacks_memory(error):
     return isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error)  # PyTorch's is a plain RuntimeError
 
 
-def read_configuration(folder):
-    """-> activation, vision_heads, text_heads, as open_clip or transformers states them in the folder, or {}."""
-    for path in folder / "open_clip_config.json", folder / "config.json":
-        try:
-            config = json.loads(path.read_bytes()) if path.is_file() else {}
-            if "model_cfg" in config:  # open_clip, with its default values
-                quick = config["model_cfg"].get("quick_gelu", folder.name.lower().endswith(("-quickgelu", ".openai")))
-                vision, text = config["model_cfg"]["vision_cfg"], config["model_cfg"]["text_cfg"]
-                vision_heads = vision.get("width", 768) // vision.get("head_width", 64)
-                return dict(activation="quickgelu" if quick else "gelu", vision_heads=vision_heads,
-                            text_heads=text.get("heads", 8))
-            if config.get("model_type") == "clip":  # transformers, with its default values
-                vision, text = config["vision_config"], config["text_config"]
-                activation = vision.get("hidden_act", "quick_gelu").replace("_", "")
-                return dict(activation=activation, vision_heads=vision.get("num_attention_heads", 12),
-                            text_heads=text.get("num_attention_heads", 8))
-        except (AttributeError, LookupError, TypeError, ValueError) as error:
-            raise UserError(f"{path} is not the configuration of a CLIP ({error}), mend or remove it.") from error
-    return {}
-
-
-LOOKALIKES = {  # what the keys of other models contain
-    "visual.layer1.": "a ResNet CLIP", "visual.trunk.": "a SigLIP or another CLIP with an image tower of timm's",
-    "vision_model.head.": "a SigLIP", "diffusion_model.": "a diffusion model", "down_blocks.": "a diffusion model",
-}
-TRANSFORMERS_NAMES = {  # parts of the keys in transformers -> OpenAI's
-    "text_model.embeddings.token_embedding": "token_embedding",
-    "text_model.embeddings.position_embedding.weight": "positional_embedding",
-    "text_model.encoder.layers": "transformer.resblocks",
-    "text_model.final_layer_norm": "ln_final",
-    "text_projection.weight": "text_projection",
-    "vision_model.embeddings.class_embedding": "visual.class_embedding",
-    "vision_model.embeddings.patch_embedding": "visual.conv1",
-    "vision_model.embeddings.position_embedding.weight": "visual.positional_embedding",
-    "vision_model.encoder.layers": "visual.transformer.resblocks",
-    "vision_model.pre_layrnorm": "visual.ln_pre",  # spelled so
-    "vision_model.post_layernorm": "visual.ln_post",
-    "visual_projection.weight": "visual.proj",
-    "self_attn.out_proj": "attn.out_proj", "layer_norm1": "ln_1", "layer_norm2": "ln_2",
-    "mlp.fc1": "mlp.c_fc", "mlp.fc2": "mlp.c_proj",
-}
-
-
-def openai_keys(state):
-    """Any form of state dict or training checkpoint -> OpenAI's keys; what is not known keeps its key."""
-    for wrapper in "state_dict", "model":  # the weights in a checkpoint of open_clip, Lightning or others
-        if isinstance(state.get(wrapper), dict):
-            state = state[wrapper]
-    common = next((key for key in state if key.endswith("logit_scale")), "").removesuffix("logit_scale")  # "module."
-    state = {key.removeprefix(common): tensor for key, tensor in state.items()}
-    if "text.token_embedding.weight" in state:  # open_clip's CustomTextCLIP
-        state = {key.removeprefix("text."): tensor for key, tensor in state.items()}
-    if "text_model.embeddings.token_embedding.weight" in state:
-        state = from_transformers(state)
-    if "logit_bias" in state and state["logit_bias"] == 0:  # open_clip writes one that changes nothing
-        del state["logit_bias"]
-    for key in "input_resolution", "context_length", "vocab_size":  # in OpenAI's archives, beside the weights
-        state.pop(key, None)
-    return state
-
-
-def from_transformers(state):
-    """Rename, join the projections of queries, keys and values, and transpose the two into the joint space."""
-    renamed = {}
-    for key, tensor in state.items():
-        for theirs, openais in TRANSFORMERS_NAMES.items():
-            key = key.replace(theirs, openais)
-        if not key.endswith("position_ids"):  # 0, 1, 2, ..
-            renamed[key] = tensor
-    for key in [key for key in renamed if ".self_attn.q_proj." in key]:
-        parts = [renamed.pop(key.replace("q_proj", part)) for part in ("q_proj", "k_proj", "v_proj")]
-        renamed[key.replace("self_attn.q_proj.", "attn.in_proj_")] = torch.cat(parts)
-    for key in {"visual.proj", "text_projection"} & renamed.keys():
-        renamed[key] = renamed[key].T.contiguous()
-    return renamed
-
-
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64}
 TORCHSCRIPT_NAMES = {
     "DoubleStorage": torch.float64, "FloatStorage": torch.float32, "HalfStorage": torch.float16,
@@ -743,15 +573,14 @@ TORCHSCRIPT_NAMES = {
 
 
 def read_weights(path):
-    """What is in OpenAI's TorchScript archive, a safetensors file (also gzipped), or a file of torch.save.
+    """What is in OpenAI's TorchScript archive, a safetensors file, or a file of torch.save.
 
     Recognised by content, not by name. No code of the file is run.
     """
     with open(path, "rb") as file:
         head = file.read(9)
-    gzipped = head[:2] == b"\x1f\x8b"
-    if gzipped or head[8:] == b"{":  # safetensors: eight bytes of length, then JSON
-        with gzip.open(path) if gzipped else open(path, "rb") as file:
+    if head[8:] == b"{":  # safetensors: eight bytes of length, then JSON
+        with open(path, "rb") as file:
             return read_safetensors(file)
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:

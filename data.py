@@ -19,62 +19,33 @@ The protocol is CoOp's (arXiv:2109.01134, github.com/KaiyangZhou/CoOp), so that 
 - All test pictures are used, resized and centre-cropped as CLIP does it; those for training are cropped and flipped.
 """
 
-import csv
-import functools
-import glob
+
+
 import hashlib
-import itertools
-import json
 import math
-import os
 import random
 import re
-import shutil
 import sys
-import tarfile
-import tempfile
-import time
 import unicodedata
-import zipfile
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from PIL import Image, ImageDraw, ImageOps
-from torch.utils.data import DataLoader, get_worker_info
+from PIL import Image, ImageOps
+from torch.utils.data import DataLoader
 from torchvision import transforms as T
 
-from clip_min import ASSETS, MEAN, STD, UserError, download, file_digest, preprocess
+from clip_min import MEAN, STD, UserError, preprocess
+from support import benchmarks
+from support.benchmarks import BENCHMARKS
+from support.downloads import file_digest
+from support.folders import find_files, read_folders, read_split, shortened, warn, working_folder
+from support.world import WORLD, draw_world
 
-
-@dataclass(frozen=True)
-class Source:
-    """Where a benchmark comes from: a row of assets/benchmarks.json."""
-    name: str
-    aliases: list[str]  # upper case and "-", "_", " " do not matter
-    images: list[str]  # image folders under root, CoOp's and torchvision's; the first step is the data set's folder
-    holds: str = ""  # a folder in the image folder, where the image folder is the data set's folder itself
-    split: str = ""  # the name of CoOp's list, which lies in the data set's folder
-    blob: str = ""  # the list's git blob id
-    archive: str = ""  # the address of the pictures
-    md5: str = ""
-    nested: str = ""  # a second archive inside the archive
-    inside: str = ""  # the folder in the archive that is put into the data set's folder
-    by_hand: str = ""  # layout and source, where no address works
-    template: str = "a photo of a {}."  # CoOp's
-
-
-TABLES = json.loads((ASSETS / "benchmarks.json").read_text("utf-8"))
-BENCHMARKS = {row["name"]: Source(**row) for row in TABLES["benchmarks"]}
-SPLITS = "https://raw.githubusercontent.com/linzhiqiu/cross_modal_adaptation/main/splits/"  # CoOp's are on a Drive
-MOST_FILES, MOST_BYTES = 200_000, 10 * 2**30  # of an archive; the largest, Food-101, has 101,000 pictures in 5 GB
 KEEP_BYTES = 2 * 2**30  # 16 shots of DTD decode to about 0.8 GB; leaves room for CLIP on a machine with 8 GB
-SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".jp2")
-SUFFIXES += (".avif",) if ".avif" in Image.registered_extensions() else ()  # not in every Pillow
-OF_SYSTEMS = ("__MACOSX", "@eaDir", "#recycle", "$RECYCLE.BIN", "lost+found", "Thumbs.db", "desktop.ini")
 
 
 @dataclass(frozen=True)
@@ -117,7 +88,7 @@ def load(name_or_folder, root="data", shots=16, seed=1, whole=False):
     if shots < 0:
         raise UserError(f"shots must be 0, for all pictures, or more, found {shots}")
     name, path = identify(name_or_folder)
-    root, folder, template, class_ids = Path(root).expanduser(), Path(path), Source.template, None
+    root, folder, template, class_ids = Path(root).expanduser(), Path(path), benchmarks.Source.template, None
     try:
         if path:
             has_list = (folder / "split.json").exists()
@@ -129,14 +100,8 @@ def load(name_or_folder, root="data", shots=16, seed=1, whole=False):
                     draw_world(name, temporary / name)
             split, classnames = read_folders(folder)
         else:
-            source = BENCHMARKS[name]
-            template, (home, folder) = source.template, find_images(source, root)
-            if name.startswith("imagenet"):
-                split, classnames, class_ids = read_imagenet(folder, name)
-            elif name == "fgvc_aircraft":
-                split, classnames = read_aircraft(folder)
-            else:
-                split, classnames = read_split(home / source.split)
+            template = BENCHMARKS[name].template
+            folder, split, classnames, class_ids = benchmarks.read_benchmark(name, root)
     except OSError as error:  # a folder that may not be read, a full disk, a root that is a file
         raise UserError(f"{error.filename or folder} cannot be used ({error.strerror}): give another folder") from error
     except UnicodeDecodeError as error:
@@ -241,11 +206,6 @@ def without_trained(bench, trained, trained_folder):
     return replace(bench, test=test)
 
 
-def shortened(names):
-    """-> "a, b, c, d, e and 317 more"."""
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-
-
 def warn_of_names(bench):
     """Warn of one class alone, and of own classes whose names CLIP's tokenizer reads alike."""
     if len(bench.classnames) == 1:
@@ -256,266 +216,6 @@ def warn_of_names(bench):
     for places in alike.values():
         if len(places) > 1:
             warn(f"to CLIP {shortened(places)} have the same class name: give them different names")
-
-
-@functools.cache  # each message once, also when several seeds load the same data
-def warn(message):
-    worker = get_worker_info()
-    if (worker is None or worker.id == 0) and os.environ.get("RANK", "0") == "0":  # the first process speaks for all
-        print(f"warning: {message}", file=sys.stderr)
-
-
-def published(run, data_name):
-    """What the papers report for a run's settings on a data set. -> [(accuracy, "DPT, Table II"), ...], often empty.
-
-    A row of published.csv fits if the run has its options, and if the user changed nothing else.
-    """
-    if run.data_path:
-        return []
-    wanted = [run.method, run.backbone, "0" if run.method == "zeroshot" else str(run.shots), data_name]
-    values, changed, found = run.options | run.recipe, run.changed.keys() - {"precision"}, []
-    with (ASSETS / "published.csv").open(newline="") as file:
-        for row in csv.DictReader(file):
-            options = dict(pair.split("=", 1) for pair in row["options"].split(";") if pair)
-            same_run = [row[key] for key in ("method", "backbone", "shots", "dataset")] == wanted
-            if same_run and changed <= options.keys() and all(spell(values[k]) == v for k, v in options.items()):
-                found.append((float(row["accuracy"]), f"{row['paper']}, {row['table']}"))
-    return found
-
-
-def spell(value):
-    """A value of an option or of a recipe, as assets/published.csv writes it."""
-    return f"{value:g}" if isinstance(value, float) else str(value).lower()
-
-
-# ---- Splits: {"train": [(path in the image folder, label)], "val": ..., "test": ...} ----
-
-def read_split(file):
-    """A list in CoOp's schema, checked. -> split, class names."""
-    split, names = {"train": [], "val": [], "test": []}, {}
-    try:
-        lists = json.loads(file.read_text("utf-8-sig"))
-        rows = [(part, *row) for part in split for row in lists.get(part, [])]
-        for part, path, label, name in rows:
-            if not (isinstance(path, str) and type(label) is int and isinstance(name, str)):
-                raise TypeError(f"found {[path, label, name]}")
-            steps = [step for step in path.replace("\\", "/").split("/") if step not in ("", ".")]
-            if ".." in steps:
-                raise ValueError(f"{path} leaves the image folder")
-            if names.setdefault(label, name) != name:
-                raise ValueError(f"label {label} has two names, {names[label]} and {name}")
-            split[part].append(("/".join(steps), label))
-        trained, tests = {label for _, label in split["train"]}, len(split["test"])
-        if not tests or trained != set(range(len(names))):
-            raise ValueError(f"of {len(names)} labels {len(trained)} have training pictures, and {tests} test pictures "
-                             "are there; labels count from 0 without a gap, and each has training pictures")
-    except (ValueError, TypeError, AttributeError) as error:
-        raise UserError(f'{file} is no {{"train": [[path, label, name], ...], ...}} ({error}): mend it') from error
-    return split, [names[label] for label in range(len(names))]
-
-
-def read_folders(folder, whole=False):
-    """Class folders, or folders train and test of class folders; classnames.txt. -> split, class names."""
-    folders = contents(folder)[0]
-    spellings = {"train": ("train", "training"), "val": ("val", "valid", "validation"), "test": ("test", "testing")}
-    places = {part: [name for name in folders if name.lower() in spellings[part]] for part in spellings}
-    if (places["train"] and places["test"]) or (folders and sum(map(len, places.values())) == len(folders)):
-        needed = ("test",) if whole else ("train", "test")
-        for part, names in places.items():
-            if len(names) > 1 or (part in needed and not names):
-                raise UserError(f"{folder} must have one folder {part}, found {' and '.join(names) or 'none'}")
-        split, classes = read_parts(folder, {part: f"{places[part][0]}/" for part in needed})
-    else:
-        split, classes = read_parts(folder, {"test": ""})
-        if not whole:
-            split = divide(folder, split["test"])
-
-    names, file = {name: name for name in classes}, folder / "classnames.txt"
-    content = file.read_bytes() if file.exists() else b""
-    encoding = "utf-16" if content.startswith((b"\xff\xfe", b"\xfe\xff")) else "utf-8-sig"  # PowerShell's > and others
-    for line in filter(str.strip, content.decode(encoding).splitlines()):
-        fitting = [name for name in names if line.startswith(name) and line[len(name) :].startswith((" ", "\t", ","))]
-        if not fitting:
-            raise UserError(f"{file} has the line {line!r}: begin it with the name of a class folder and a blank")
-        name = max(fitting, key=len)  # a folder's name may have blanks of its own
-        names[name] = line[len(name) + 1 :].strip()
-    return split, list(names.values())
-
-
-def divide(folder, items):
-    """Split each class: 70 % of its pictures, at least one, are for training; the rest, at least one, are tested.
-
-    The pictures are ordered by a hash of their path. One that is added later moves at most one other across the border.
-    """
-    split = {"train": [], "val": [], "test": []}
-    for _, group in itertools.groupby(items, key=lambda item: item[1]):
-        group = sorted(group, key=lambda item: hashlib.sha256(os.fsencode(item[0])).digest())
-        if len(group) < 2:
-            raise UserError(f"{folder / group[0][0]} is the one picture of its class: add one, to train and to test")
-        border = min(max(round(0.7 * len(group)), 1), len(group) - 1)
-        split["train"] += group[:border]
-        split["test"] += group[border:]
-    return split
-
-
-def read_aircraft(folder):
-    """FGVC Aircraft's own lists, beside the image folder. Its names have slashes, F/A-18, and are never a path."""
-    split, classnames = {}, list(filter(None, (folder.parent / "variants.txt").read_text("utf-8").splitlines()))
-    for part in "train", "val", "test":
-        file, split[part] = folder.parent / f"images_variant_{part}.txt", []
-        for line in filter(None, file.read_text("utf-8").splitlines()):
-            image, _, name = line.partition(" ")  # 1025794 707-320
-            if name not in classnames:
-                raise UserError(f"{file} has the line {line!r}, which ends with no line of variants.txt: mend it")
-            split[part].append((f"{image}.jpg", classnames.index(name)))
-    return split, classnames
-
-
-def read_imagenet(folder, name):
-    """ImageNet, or one of its shifts, which is test pictures only. -> split, class names, ImageNet's class numbers.
-
-    Class folders are called by wnid, in ImageNetV2 by number; sorted as text, 10 would come before 2. The names are
-    OpenAI's; torchvision's cost accuracy.
-    """
-    rows = [line.split(" ", 1) for line in (ASSETS / "imagenet_classes.txt").read_text().splitlines()]
-    number = {key: i for i, (wnid, _) in enumerate(rows) for key in (wnid, str(i))}
-    places = {"train": "train/", "test": "val/"} if name == "imagenet" else {"test": ""}
-    split, keys = read_parts(folder, places, order=lambda key: number.get(key, -1))
-    if keys[0] not in number:
-        raise UserError(f"{folder / places['test'] / keys[0]} is not named like a class of ImageNet: move it away")
-    class_ids = [number[key] for key in keys]
-    return split, [rows[i][1] for i in class_ids], class_ids
-
-
-def read_parts(folder, places, order=None):
-    """{"train": "train/", "test": "val/"}: folders of the same class folders. -> split, class folders by label."""
-    found = {part: class_folders(folder / place) for part, place in places.items()}
-    for part, other in itertools.permutations(places, 2):
-        if lacking := [name for name in found[other] if name not in found[part]]:
-            raise UserError(f"{folder / places[part]} lacks class folders that {folder / places[other]} has, "
-                            f"{shortened(lacking)}: add them")
-    names, split = sorted(found["test"], key=order), {"train": [], "val": [], "test": []}
-    for part, place in places.items():
-        split[part] = [(f"{place}{name}/{file}", label)
-                       for label, name in enumerate(names) for file in found[part][name]]
-    return split, names
-
-
-def class_folders(folder):
-    """-> {class folder: its pictures}. What else lies in the folders is counted in one line."""
-    folders, stray, _ = contents(folder)
-    if not folders:
-        raise UserError(f"{folder} has {len(stray)} pictures and no class folders: put the pictures of each class into "
-                        f"a folder of its own or, if this is one of them, give {folder.parent}")
-    classes, left_out = {}, Counter({"beside the class folders": len(stray)})
-    for name in folders:
-        inner, classes[name], others = contents(folder / name)
-        if not classes[name]:
-            advice = f"if {shortened(inner)} are classes, give {folder / name}" if inner else "add some or remove it"
-            raise UserError(f"{folder / name} has no pictures ({' '.join(SUFFIXES)}): {advice}")
-        left_out += Counter(["folders" for _ in inner] + [Path(other).suffix.lower() or "files" for other in others])
-    if left_out:
-        warn(f"left out in {folder}: {shortened([f'{count} {kind}' for kind, count in left_out.most_common()])}")
-    return classes
-
-
-def contents(folder):
-    """-> the names of a folder's subfolders, of its pictures, and of its other files. Links are followed."""
-    with os.scandir(folder) as found:
-        seen = [entry for entry in found if not entry.name.startswith(".") and entry.name not in OF_SYSTEMS]
-    folders = sorted(entry.name for entry in seen if entry.is_dir())  # the order on a disk is chance
-    files = sorted(entry.name for entry in seen if entry.is_file())
-    pictures = [name for name in files if name.lower().endswith(SUFFIXES)]
-    return folders, pictures, [name for name in files if not name.lower().endswith(SUFFIXES)]
-
-
-def find_files(folder, split):
-    """The split with full paths, each file known to be there."""
-    missing = [path for items in split.values() for path, _ in items if not os.path.exists(f"{folder}/{path}")]
-    if missing:
-        raise UserError(f"{len(missing)} of {sum(map(len, split.values()))} pictures are not in {folder}: "
-                        f"{shortened(missing)}: add them, in the spelling of the list")
-    return {part: [(f"{folder}/{path}", label) for path, label in items] for part, items in split.items()}
-
-
-# ---- Fetching what is not there ----
-
-def find_images(source, root):
-    """-> the data set's folder and its image folder. Lists and pictures that are absent are downloaded."""
-    layouts = [path.split("/", 1) for path in source.images]
-    places = [(root / home, images) for home, images in layouts]
-    has_list = source.split and (root / source.split).exists()
-    if has_list or {root.absolute().name, root.resolve().name} & {home for home, _ in layouts}:
-        places = [(root, images) for _, images in layouts] + places  # root is the data set's own folder
-
-    def found():
-        return next(((home, home / images) for home, images in places if (home / images / source.holds).is_dir()), None)
-
-    home, images = found() or places[0]
-    if not found() and not source.archive:
-        raise UserError(f"{source.name} is not under {root} and cannot be downloaded: put its pictures into "
-                        f"{home / images}: {source.by_hand}")
-    if source.split and not (home / source.split).exists():  # first: the archive is of no use without the list
-        download(SPLITS + source.split, home / source.split, "git", source.blob)
-    if not found():
-        archive = home / source.archive.rsplit("/")[-1]
-        if not archive.exists():
-            download(source.archive, archive, "md5", source.md5)
-        elif file_digest(archive, "md5") != source.md5:  # put there by hand
-            raise UserError(f"{archive} is not {source.archive} as it should be (md5): remove it, to download it again")
-        unpack(source, archive, home)
-    return found()
-
-
-def unpack(source, archive, home):
-    """Put the pictures of an archive into the data set's folder. An archive that is broken or a bomb is a UserError."""
-    with working_folder(home / Path(source.inside).name, source.inside) as temporary:
-        try:
-            extract(archive, temporary)
-            if source.nested:
-                extract(temporary / source.nested, temporary)
-            if not (temporary / source.inside).is_dir():
-                raise ValueError(f"no folder {source.inside} in it")
-        except Exception as error:  # of a broken archive, of many kinds; those of the disk have a number
-            if getattr(error, "errno", None) or isinstance(error, MemoryError):
-                raise
-            detail = " ".join(str(error).split())
-            raise UserError(f"{archive} cannot be unpacked ({detail}): remove it, to download it again") from error
-
-
-def extract(archive, folder):
-    """Extract a zip or tar file. Members that lead out of the folder are refused by tarfile, renamed by zipfile."""
-    if not archive.is_file():
-        raise ValueError(f"no {archive.name} in it")
-    size, is_zip = 0, archive.suffix == ".zip"
-    with zipfile.ZipFile(archive) if is_zip else tarfile.open(archive) as file:
-        for number, member in enumerate(file.infolist() if is_zip else file, 1):
-            size += member.file_size if is_zip else member.size
-            if number > MOST_FILES or size > MOST_BYTES:
-                raise ValueError(f"more than {MOST_FILES} files or {MOST_BYTES} bytes in it")
-            file.extract(member, folder, **{} if is_zip else {"filter": "data"})
-
-
-def clear_leftovers(folder):
-    """Remove the temporary folders beside `folder` that a killed process left behind more than an hour ago."""
-    for left in folder.parent.glob(f".{glob.escape(folder.name)}.*"):
-        with suppress(FileNotFoundError):  # another process may remove it, too
-            if time.time() - left.stat().st_mtime > 3600:
-                shutil.rmtree(left)
-
-
-@contextmanager
-def working_folder(folder, inside):
-    """Make a folder whole or not at all: in a temporary one beside it, whose folder `inside` is then renamed."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    clear_leftovers(folder)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as temporary:
-        yield Path(temporary)
-        try:
-            Path(temporary, inside).rename(folder)
-        except OSError:
-            if not folder.is_dir():  # else another process was faster
-                raise
 
 
 # ---- Pictures ----
@@ -672,81 +372,3 @@ def show(line, keep=False, in_log=False):
         print("\r" + line.ljust(70), end="\n" if keep else "", flush=True)
     elif in_log:
         print(line, flush=True)
-
-
-# ---- The embedded world ----
-
-SIDE = 40  # pixels
-COLOURS = {"red": (205, 45, 45), "green": (45, 155, 60), "blue": (50, 80, 205), "yellow": (225, 205, 60),
-           "purple": (140, 60, 165), "orange": (235, 135, 45), "white": (232, 232, 232), "black": (32, 32, 32)}
-TEXTURES, FORMS = ("plain", "striped", "barred", "dotted", "checkered"), ("circle", "square", "triangle", "diamond")
-CLASS_TEXTURES, CLASS_COLOURS, NEUTRAL_COLOURS = TEXTURES[1:], tuple(COLOURS)[:3], tuple(COLOURS)[3:]  # 12 classes
-
-
-@dataclass(frozen=True)
-class World:
-    """A data set of drawn objects. Its classes are a texture and a colour: of the ground, or of the object itself.
-
-    The names of `shapes` are at odds with the tiny CLIP's captions: text prompts mend it. Those of `shapes_tint` fit,
-    but its pictures lie under a colour cast: visual prompts mend it. The rest are shifts of `shapes`.
-    """
-    name: str
-    coloured: str = "ground"
-    classname: str = "{colour} {texture} shape"  # to the tiny CLIP a colour in front of "shape" is the object's
-    misleading: float = 0.45  # how often the other of the two has the colour of another class
-    noise: tuple = (0.3, 0.8)  # share of random pixels, from a clear picture to a hopeless one
-    zoom: float = 1.0
-    cast: tuple = ()  # colour matrix, rows for red, green and blue
-
-
-WORLD = {row["name"]: World(**row) for row in TABLES["drawn"]}
-
-
-def draw_world(name, folder):
-    """Draw folder/{train,test}/<class>/NNN.png, the same on any machine."""
-    world, rng = WORLD[name], random.Random(name)
-    for part, count in ("train", 48), ("test", 50):
-        for texture, colour in itertools.product(CLASS_TEXTURES, CLASS_COLOURS):
-            place = folder / part / world.classname.format(texture=texture, colour=colour).replace(" ", "_")
-            place.mkdir(parents=True)
-            for i in range(count):
-                pool = CLASS_COLOURS if rng.random() < world.misleading else NEUTRAL_COLOURS
-                other = rng.choice([c for c in pool if c != colour])
-                fill, ground = (colour, other) if world.coloured == "colour" else (other, colour)
-                noise = rng.uniform(*world.noise)
-                picture = draw_picture(rng, texture, fill, rng.choice(FORMS), ground, noise, world.zoom)
-                (picture.convert("RGB", tuple(world.cast)) if world.cast else picture).save(place / f"{i:03d}.png")
-
-
-def draw_picture(rng, texture, colour, form, ground, noise, zoom):
-    """One object on a plain ground -> (SIDE, SIDE) RGB picture. rng decides place, size, shades and noise."""
-    def shade(name):
-        return tuple(min(255, max(0, c + rng.randint(-22, 22))) for c in COLOURS[name])
-
-    fill = shade(colour)
-    dark = (120, 120, 120) if colour == "black" else tuple(c * 2 // 5 for c in fill)
-    surface = Image.new("RGB", (SIDE, SIDE), fill)
-    pen, step = ImageDraw.Draw(surface), zoom * rng.uniform(5.5, 7.5)
-    start = rng.uniform(-step, 0)
-    lines = [start + i * step for i in range(int(SIDE / step) + 3)]
-    for (i, y), (j, x) in itertools.product(enumerate(lines), repeat=2):
-        if texture == "striped":
-            pen.rectangle((0, y, SIDE, y + step * 0.45), fill=dark)
-        elif texture == "barred":
-            pen.rectangle((x, 0, x + step * 0.45, SIDE), fill=dark)
-        elif texture == "dotted":
-            pen.ellipse((x, y, x + step * 0.55, y + step * 0.55), fill=dark)
-        elif texture == "checkered" and (i + j) % 2:
-            pen.rectangle((x, y, x + step, y + step), fill=dark)
-
-    r, x, y = zoom * rng.uniform(11, 16), SIDE / 2 + rng.uniform(-4, 4), SIDE / 2 + rng.uniform(-4, 4)
-    outline = Image.new("L", (SIDE, SIDE))
-    if form == "circle":
-        ImageDraw.Draw(outline).ellipse((x - r, y - r, x + r, y + r), fill=255)
-    else:
-        corners = {"square": ((-0.9, -0.9), (0.9, -0.9), (0.9, 0.9), (-0.9, 0.9)),
-                   "triangle": ((0, -1.1), (1.1, 0.9), (-1.1, 0.9)),
-                   "diamond": ((0, -1.2), (1.2, 0), (0, 1.2), (-1.2, 0))}[form]
-        ImageDraw.Draw(outline).polygon([(x + r * u, y + r * v) for u, v in corners], fill=255)
-    picture = Image.composite(surface, Image.new("RGB", (SIDE, SIDE), shade(ground)), outline)
-    return Image.blend(picture, Image.frombytes("RGB", (SIDE, SIDE), rng.randbytes(3 * SIDE * SIDE)), noise)

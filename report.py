@@ -34,6 +34,11 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 import data
 import train
 from clip_min import Method, UserError, preprocess, vocabulary
+from support.benchmarks import BENCHMARKS, Source, published
+from support.folders import SUFFIXES, shortened
+from support.machine import Machine, choose_machine, exit_status
+from support.runs import read_prompts
+from support.settings import Settings, above
 from upt import inter_class_variance, intra_class_variance
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # colour-blind readers too
@@ -46,7 +51,7 @@ WIDTH = 700  # pixels of a frame in a chart
 
 def main(argv=None):
     args, unreadable = parse_arguments(argv), []  # pictures that cannot be read: the rest are predicted, status 1
-    status = train.exit_status(lambda: report(args, unreadable))
+    status = exit_status(lambda: report(args, unreadable))
     return 1 if unreadable and not status else status
 
 
@@ -56,7 +61,7 @@ def parse_arguments(argv):
     add("runs", nargs="*", metavar="RUN", help="folders of finished runs (default: a table of all runs)")
     add("--out", default="runs", help="where the runs are (default: runs)")
     add("--root", default="data", help="where data sets are (default: data)")
-    add("--mistakes", type=train.above(0, int), nargs="?", const=20, metavar="N", help="how many (default: 20)")
+    add("--mistakes", type=above(0, int), nargs="?", const=20, metavar="N", help="how many (default: 20)")
     add("--predict", nargs="+", metavar="PATH", help="pictures, or folders of pictures")
     add("--csv", metavar="FILE", help="with --predict: write the predictions there, too")
     add("--threshold", type=float, default=0, metavar="P", help="with --predict: none if the best is less likely")
@@ -71,10 +76,10 @@ def parse_arguments(argv):
 
 class Run(NamedTuple):
     folder: Path
-    settings: train.Settings
+    settings: Settings
     saved: dict  # what prompts.pt holds
     method: Method
-    machine: train.Machine
+    machine: Machine
 
 
 def report(args, unreadable):
@@ -110,9 +115,9 @@ def report(args, unreadable):
 
 
 def open_run(folder, device):
-    saved, method = train.read_prompts(folder), train.load_run(folder, device)
+    saved, method = read_prompts(folder), train.load_run(folder, device)
     try:
-        settings, machine = settings_of(saved), train.choose_machine(device, saved["precision"], workers=None)
+        settings, machine = settings_of(saved), choose_machine(device, saved["precision"], workers=None)
         label_of(settings)
     except (AttributeError, LookupError, TypeError) as error:
         raise UserError(f"{folder / 'prompts.pt'} has a setting that is none ({error!r}): train again.") from error
@@ -120,7 +125,7 @@ def open_run(folder, device):
 
 
 def settings_of(values):
-    return train.Settings(**{field: values[field] for field in train.Settings.__dataclass_fields__})
+    return Settings(**{field: values[field] for field in Settings.__dataclass_fields__})
 
 
 def label_of(settings):
@@ -185,16 +190,16 @@ def read_result(path):
         changed = {key: value for key, value in settings.changed.items() if key not in of_method}
         start = replace(settings, method="zeroshot", changed=changed,
                         options=train.METHODS["zeroshot"].default_options())
-        label, papers = label_of(start), data.published(start, settings.data)
-        source = data.BENCHMARKS.get("" if settings.data_path else settings.data, data.Source)
+        label, papers = label_of(start), published(start, settings.data)
+        source = BENCHMARKS.get("" if settings.data_path else settings.data, Source)
         if settings.templates not in ([], [source.template]) and "template" not in changed:
             label, papers = f"{label}, templates of {settings.method}", []  # those of its recipe
         halves = result.get("base_to_new", {})
         main = f"{column}: base" if halves else column
         entries = [Entry((label, backbone, 0), main, result["zero_shot"], papers),
-                   Entry(row, main, result["accuracy"], data.published(settings, settings.data))]
+                   Entry(row, main, result["accuracy"], published(settings, settings.data))]
         for shift, accuracy in result["shifts"].items():
-            entries.append(Entry(row, f"{column} → {shift}", accuracy, data.published(settings, shift)))
+            entries.append(Entry(row, f"{column} → {shift}", accuracy, published(settings, shift)))
         if halves:
             entries += [Entry(row, f"{column}: new", halves["new"], []),
                         Entry(row, f"{column}: harmonic mean", halves["harmonic_mean"], [])]
@@ -231,7 +236,7 @@ def summarise(out):
 
     sets = {column for start in starts.values() for column in start if not column.endswith(": base")}
     columns = sorted(sets) + sorted({column for row in table.values() for column in row} - sets)  # shifts, new classes
-    averaged = {name for name in sets if name in data.BENCHMARKS} or sets
+    averaged = {name for name in sets if name in BENCHMARKS} or sets
     if len(averaged) > 1:
         columns.append(f"average of {len(averaged)}")
         for row in table.values():
@@ -446,9 +451,9 @@ def predict(run, paths, csv_file, threshold):
     """Print the five likeliest classes of pictures and of folders of pictures. -> the pictures that cannot be read."""
     files = []
     for path in map(Path, paths):
-        inside = sorted(file for file in path.rglob("*") if file.suffix.lower() in data.SUFFIXES)
+        inside = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES)
         if path.is_dir() and not inside:
-            raise UserError(f"There is no picture in {path}: choose among files of {', '.join(data.SUFFIXES)}.")
+            raise UserError(f"There is no picture in {path}: choose among files of {', '.join(SUFFIXES)}.")
         files += inside if path.is_dir() else [path]
     transform, names = preprocess(run.method.clip.visual.resolution), run.method.classnames
     pictures = NewPictures([(file, number) for number, file in enumerate(files)], transform, own=True)
@@ -478,7 +483,7 @@ def evaluate_on(run, name, root):
     target = data.load(name, root, shots=0, whole=path not in ("", run.saved["data_path"]))
     target = data.without_trained(target, run.saved["train"], run.saved["data_path"])
     evaluation = train.evaluate_on(run.method, target, run.saved["class_ids"], run.machine)
-    papers = [] if target.own else data.published(run.settings, target.name)
+    papers = [] if target.own else published(run.settings, target.name)
     print(f"{target.name:13} {evaluation.accuracy:.2f} % of {len(target.test)} test pictures{train.quoted(papers)}")
 
 
@@ -566,7 +571,7 @@ def draw_features(run, names, root):
     """
     known = run.method.classnames
     if len(names) > 10 or not set(names) <= set(known):
-        raise UserError(f"--features takes up to ten of the classes {data.shortened(known)}.")
+        raise UserError(f"--features takes up to ten of the classes {shortened(known)}.")
     labels = [known.index(name) for name in names] or list(range(min(10, len(known))))
     bench = data.load(run.saved["data_path"] or run.saved["data"], root, shots=0)
     items = [(path, labels.index(label)) for path, label in bench.test if label in labels]

@@ -57,7 +57,8 @@ from torchvision.datasets import ImageFolder
 import data
 from clip_min import CLIP, full_precision, preprocess, tokenize
 from fgvpl import object_patches
-from train import METHODS, Machine
+from support.machine import Machine
+from train import METHODS
 
 SIZES = {"ViT-B/32": B32, "ViT-B/16": B16, "tiny": TINY}
 TRAIN_BATCH = {"ViT-B/32": 8, "ViT-B/16": 4, "tiny": 4}

@@ -2,7 +2,7 @@
 
 A CLIP ViT of 1.4 M parameters besides its word embeddings (image tower 128 wide, 4 layers, 40x40 pictures in patches
 of 8; text tower 128 wide, 3 layers; joint width 128), under OpenAI's key names and with OpenAI's vocabulary. It is
-trained from CLIP's own initialisation with CLIP's loss and optimiser on pictures that data.draw_picture draws here, from
+trained from CLIP's own initialisation with CLIP's loss and optimiser on pictures that world.draw_picture draws here, from
 another random stream than those of the downstream datasets, with captions of the same world.
 
 Two things differ from Radford et al. (2021), both for what a toy lacks and CLIP has:
@@ -28,7 +28,7 @@ from torchvision.transforms.functional import normalize
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from clip_min import CLIP, MEAN, STD, tokenize  # noqa: E402
-from data import COLOURS, FORMS, SIDE, TEXTURES, draw_picture  # noqa: E402
+from support.world import COLOURS, FORMS, SIDE, TEXTURES, draw_picture  # noqa: E402
 
 WIDTH, JOINT, PATCH, VISION_LAYERS, TEXT_LAYERS = 128, 128, 8, 4, 3
 PICTURES, STEPS, BATCH, RATE, WARMUP, SEED = 60_000, 1500, 256, 2e-3, 100, 7

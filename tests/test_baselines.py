@@ -21,8 +21,14 @@ import baselines
 import data
 import fgvpl
 import train
-from baselines import CLIPAdapter, CoCoOp, LinearProbe, ProDA, ProGrad, ZeroShot
+from baselines.clip_adapter import CLIPAdapter
+from baselines.cocoop import CoCoOp
+from baselines.linear_probe import LinearProbe
+from baselines.proda import ProDA
+from baselines.prograd import ProGrad
+from baselines.zeroshot import ZeroShot
 from clip_min import CLIP, Method, UserError, encode, preprocess, tokenize
+from support import benchmarks, settings
 
 ROOT = Path(__file__).parents[1]
 METHODS = dict(cocoop=CoCoOp, prograd=ProGrad, proda=ProDA, clip_adapter=CLIPAdapter, linear_probe=LinearProbe)
@@ -443,7 +449,7 @@ def test_options_that_cannot_work_are_refused(method, options, words, clip):
     ("clip_adapter", 16, dict(lr=0.002, warmup_epochs=1, batch_size=32, epochs=200)),
     ("linear_probe", 16, dict(epochs=0, crop_scale=None, drop_last=False))])  # fmt: skip
 def test_the_recipes_are_the_papers(name, shots, expected):
-    recipe, options = train.resolve_recipe(METHODS[name].recipe, {}, "dtd", shots)
+    recipe, options = settings.resolve_recipe(METHODS[name].recipe, {}, "dtd", shots)
     assert {key: recipe[key] for key in expected} == expected and not options
 
 
@@ -520,16 +526,16 @@ def test_published_csv_has_the_numbers_of_the_other_methods_as_the_papers_print_
 def test_a_run_finds_what_the_papers_quote(method, options, backbone, shots, name, expected):
     args = train.parse_arguments(["--backbone", backbone, *(["--set", *options] if options else [])])
     trained_on = "imagenet" if "imagenet" in name else name.replace("average_8", "dtd")
-    run = train.resolve_settings(args, trained_on, method, shots, 1)
-    assert [value for value, _ in data.published(run, name)] == expected
+    run = train.resolve_settings(args, train.METHODS, trained_on, method, shots, 1)
+    assert [value for value, _ in benchmarks.published(run, name)] == expected
 
 
 @pytest.mark.parametrize("backbone, expected", [("ViT-B/16", [68.7, 68.7]), ("ViT-B/32", [63.8])])
 def test_zero_shot_with_seven_templates_is_beside_fg_vpls(backbone, expected, monkeypatch):
     monkeypatch.setitem(train.METHODS, "zeroshot", ZeroShot)
     args = train.parse_arguments(["--backbone", backbone, "--set", "seven_templates=true"])
-    run = train.resolve_settings(args, "imagenet", "zeroshot", 16, 1)
-    assert [value for value, _ in data.published(run, "imagenet")] == expected
+    run = train.resolve_settings(args, train.METHODS, "imagenet", "zeroshot", 16, 1)
+    assert [value for value, _ in benchmarks.published(run, "imagenet")] == expected
 
 
 # ---- The file can be copied ----

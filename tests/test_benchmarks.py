@@ -35,6 +35,7 @@ from test_data import (  # noqa: F401
 import data
 import train
 from clip_min import ASSETS, UserError
+from support import benchmarks
 
 # name: other names, CoOp's class among them; template
 NAMES = {
@@ -184,11 +185,11 @@ class Host:
         self.http = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self.http.server_port}"
         threading.Thread(target=self.http.serve_forever, args=(0.01,), daemon=True).start()
-        monkeypatch.setattr(data, "SPLITS", f"{self.url}/")
+        monkeypatch.setattr(benchmarks, "SPLITS", f"{self.url}/")
 
     def offer(self, name, archive=None):
-        """Serve the set's list and archive, with the hashes that data.BENCHMARKS then expects."""
-        source, changes = data.BENCHMARKS[name], {}
+        """Serve the set's list and archive, with the hashes that benchmarks.BENCHMARKS then expects."""
+        source, changes = benchmarks.BENCHMARKS[name], {}
         if source.split:
             content = json.dumps({"train": ROWS[name], "val": [], "test": ROWS[name]}).encode()
             self.files[f"/{source.split}"], changes["blob"] = content, git_blob(content)
@@ -196,7 +197,7 @@ class Host:
             file = "/" + source.archive.split("/")[-1]
             self.files[file], changes["archive"] = archive, self.url + file
             changes["md5"] = source.md5 and hashlib.md5(archive).hexdigest()
-        self.monkeypatch.setitem(data.BENCHMARKS, name, replace(source, **changes))
+        self.monkeypatch.setitem(benchmarks.BENCHMARKS, name, replace(source, **changes))
 
     def load(self, name):
         return data.load(name, self.root, shots=0)
@@ -225,7 +226,7 @@ def host(tmp_path, monkeypatch):
 
 
 def test_there_are_eleven_benchmarks_and_four_shifts():
-    assert data.BENCHMARKS.keys() == NAMES.keys()
+    assert benchmarks.BENCHMARKS.keys() == NAMES.keys()
 
 
 @pytest.mark.parametrize("known", NAMES)
@@ -233,7 +234,7 @@ def test_every_name_in_any_spelling_is_the_same_benchmark(monkeypatch, known):
     def reached(source, root):
         raise UserError(source.name)
 
-    monkeypatch.setattr(data, "find_images", reached)
+    monkeypatch.setattr(benchmarks, "find_images", reached)
     for name in known, *NAMES[known][0].split():
         for spelling in name, name.upper(), *(re.sub("[-_]", blank, name) for blank in ("", "-", "_", " ")):
             with pytest.raises(UserError, match=f"^{known}$"):
@@ -242,7 +243,7 @@ def test_every_name_in_any_spelling_is_the_same_benchmark(monkeypatch, known):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_template_is_coops(name):
-    assert data.BENCHMARKS[name].template == NAMES[name][1]
+    assert benchmarks.BENCHMARKS[name].template == NAMES[name][1]
 
 
 # ---- Nine sets with CoOp's lists ----
@@ -252,7 +253,7 @@ def test_the_template_is_coops(name):
 @pytest.mark.parametrize("name, place", PLACES)
 def test_a_set_is_found_in_every_layout(tmp_path, monkeypatch, capsys, name, place, root):
     """Under --root, or --root is the set's own folder; with its list in it, the folder may have any name."""
-    monkeypatch.setattr(data, "download", None)
+    monkeypatch.setattr(benchmarks, "download", None)
     home, _, images = place.partition("/")
     root = tmp_path / root.format(home=home)
     home = tmp_path / "data" / home if root.name == "data" else root
@@ -300,7 +301,7 @@ def test_ucfs_capital_letters_are_those_of_the_list(tmp_path):
      "c8fa014336c82ac7804f0398fcb19387"),
 ])
 def test_archives_and_hashes_are_torchvisions(name, place, md5):
-    assert (data.BENCHMARKS[name].archive, data.BENCHMARKS[name].md5) == (place + ARCHIVE[name], md5)
+    assert (benchmarks.BENCHMARKS[name].archive, benchmarks.BENCHMARKS[name].md5) == (place + ARCHIVE[name], md5)
 
 
 @pytest.mark.parametrize("name", PACKED)
@@ -437,7 +438,7 @@ BY_HAND = {
 
 @pytest.mark.parametrize("name", BY_HAND)
 def test_what_cannot_be_fetched_is_asked_for_in_one_sentence(tmp_path, monkeypatch, name):
-    monkeypatch.setattr(data, "download", None)
+    monkeypatch.setattr(benchmarks, "download", None)
     place, words = BY_HAND[name]
     with fails(name, tmp_path / "root" / place, *words.split()):
         data.load(name, tmp_path / "root")
@@ -447,7 +448,7 @@ def test_what_cannot_be_fetched_is_asked_for_in_one_sentence(tmp_path, monkeypat
 @pytest.mark.parametrize("name", ["stanford_cars", "imagenet"])
 def test_an_empty_folder_of_the_name_is_not_the_set(tmp_path, monkeypatch, name):
     """Where the pictures are to lie in the set's folder itself."""
-    monkeypatch.setattr(data, "download", lambda url, path, *_: write_split(path, ROWS["stanford_cars"]))
+    monkeypatch.setattr(benchmarks, "download", lambda url, path, *_: write_split(path, ROWS["stanford_cars"]))
     (tmp_path / name).mkdir()
     place, words = BY_HAND[name]
     with fails(tmp_path / place, *words.split()):
@@ -462,7 +463,7 @@ def test_an_empty_folder_of_the_name_is_not_the_set(tmp_path, monkeypatch, name)
 @pytest.mark.parametrize("place", ["fgvc_aircraft", "fgvc-aircraft-2013b/data", "fgvc_aircraft/data"])
 def test_aircraft_brings_its_own_lists(tmp_path, monkeypatch, place, root):
     """CoOp's layout, torchvision's and that of a download here; labels are in the order of variants.txt."""
-    monkeypatch.setattr(data, "download", None)
+    monkeypatch.setattr(benchmarks, "download", None)
     lay_aircraft(tmp_path / "data" / place)
     benchmark = data.load("fgvc_aircraft", tmp_path / root.format(home=place.split("/")[0]), shots=0)
     assert benchmark.folder == tmp_path / "data" / place / "images"
@@ -712,13 +713,13 @@ def test_the_lists_have_the_sizes_of_the_papers(tmp_path, monkeypatch, capsys, n
 
 @pytest.mark.parametrize("name", REAL)
 def test_the_hash_expected_of_a_list_is_the_lists(name):
-    assert (data.BENCHMARKS[name].split, data.BENCHMARKS[name].blob) == (SPLIT[name], git_blob(lists_of(name)))
+    assert (benchmarks.BENCHMARKS[name].split, benchmarks.BENCHMARKS[name].blob) == (SPLIT[name], git_blob(lists_of(name)))
 
 
 @pytest.mark.parametrize("name, blob", [("food101", "39557040ee6501bd32aa8b5dfd75f7941a32f0a7"),
                                         ("sun397", "8d5725db8f70bcf02245665304f863e68f96a24c")])
 def test_the_hashes_of_the_lists_that_are_not_at_hand(name, blob):
-    assert (data.BENCHMARKS[name].split, data.BENCHMARKS[name].blob) == (SPLIT[name], blob)
+    assert (benchmarks.BENCHMARKS[name].split, benchmarks.BENCHMARKS[name].blob) == (SPLIT[name], blob)
 
 
 def test_eurosats_27000_files_are_looked_at_in_two_seconds(eurosat):
@@ -787,7 +788,7 @@ def test_a_published_number_is_the_papers(line):
 def test_every_published_row_is_a_run_or_another_method():
     for row in published():
         assert row["method"] in ("", *train.METHODS) and int(row["shots"]) in (0, 1, 2, 4, 8, 16), row
-        assert row["dataset"] in data.BENCHMARKS or row["dataset"].rpartition("average")[1], row
+        assert row["dataset"] in benchmarks.BENCHMARKS or row["dataset"].rpartition("average")[1], row
         assert 0 < float(row["accuracy"]) < 100 and (row["method"] or not row["options"]), row
         known = {"lr", "epochs", "warmup_epochs", *train.METHODS[row["method"] or "coop"].default_options()}
         for option in filter(None, row["options"].split(";")):

@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from conftest import TINY, random_clip, random_state_dict
 from test_clip import assert_equal, picture, plain_text
 
-import train
 from clip_min import CLIP, UserError, encode, tokenize
 from coop import CoOp
+from support import settings
 
 ROOT = Path(__file__).parents[1]
 FILES = dict(coop="CoOp", vpt="VPT", dpt="DPT", upt="UPT", fgvpl="FGVPL")
@@ -252,12 +252,12 @@ def test_the_longest_prompt_that_fits_works(clip):
 
 
 def test_the_recipe_is_the_papers():
-    recipe, options = train.resolve_recipe(CoOp.recipe, {}, "dtd", 16)
+    recipe, options = settings.resolve_recipe(CoOp.recipe, {}, "dtd", 16)
     assert (recipe["optimizer"], recipe["lr"], recipe["warmup_epochs"], recipe["batch_size"]) == ("sgd", 0.002, 1, 32)
     assert (recipe["momentum"], recipe["weight_decay"], recipe["crop_scale"]) == (0.9, 5e-4, (0.08, 1.0))
-    epochs = [train.resolve_recipe(CoOp.recipe, {}, "dtd", shots)[0]["epochs"] for shots in (1, 2, 4, 8, 16)]
+    epochs = [settings.resolve_recipe(CoOp.recipe, {}, "dtd", shots)[0]["epochs"] for shots in (1, 2, 4, 8, 16)]
     assert epochs == [50, 100, 100, 200, 200] and options == {}
-    assert train.resolve_recipe(CoOp.recipe, {}, "imagenet", 16)[0]["epochs"] == 50
+    assert settings.resolve_recipe(CoOp.recipe, {}, "imagenet", 16)[0]["epochs"] == 50
 
 
 # ---- A method file can be copied ----

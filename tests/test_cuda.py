@@ -20,6 +20,7 @@ from PIL import Image
 import data
 import train
 from clip_min import load_clip, preprocess
+from support.machine import Machine
 
 DEVICE = torch.device("cuda")
 pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA GPU")]
@@ -138,7 +139,7 @@ def test_accuracy_in_half_precision_is_that_of_fp32(shapes_accuracy, method, pre
 def test_a_training_step_never_waits_for_the_gpu(name, epoch, dtype):
     method, images, labels = make(name, random_clip().to(DEVICE))
     optimizer = torch.optim.SGD(method.parameter_groups(), lr=0.01, momentum=0.9, weight_decay=5e-4)
-    machine, images, labels = train.Machine(DEVICE, dtype, 0), images.cpu().pin_memory(), labels.cpu().pin_memory()
+    machine, images, labels = Machine(DEVICE, dtype, 0), images.cpu().pin_memory(), labels.cpu().pin_memory()
 
     def step():
         on_gpu = [x.to(DEVICE, non_blocking=True) for x in (images, labels)]
@@ -167,7 +168,7 @@ def test_a_step_on_vit_b_16_fits_into_8_gb(name, n_classes, capsys):
         if dtype:
             method.clip.cast_products(dtype)
         torch.cuda.reset_peak_memory_stats()
-        with train.Machine(DEVICE, dtype, 0).autocast():
+        with Machine(DEVICE, dtype, 0).autocast():
             loss = method.loss(images, labels)
         loss.backward()
         peak = torch.cuda.max_memory_allocated() / 1e9

@@ -25,6 +25,7 @@ from torchvision import transforms
 
 import data
 from clip_min import MEAN, STD, UserError, preprocess
+from support import benchmarks, folders
 
 SHARED = Path(__file__).parents[2] / "shared"
 DTD_SPLIT = SHARED / "splits" / "split_zhou_DescribableTextures.json"
@@ -522,7 +523,7 @@ def test_what_is_left_out_is_counted_in_one_line(tmp_path, capsys):
 
 @pytest.mark.parametrize("suffix", ["jfif", "jp2", "avif"])
 def test_newer_kinds_of_files_are_read_where_pillow_can(tmp_path, suffix):
-    if f".{suffix}" not in data.SUFFIXES:
+    if f".{suffix}" not in folders.SUFFIXES:
         pytest.skip(f"this Pillow does not read .{suffix}")
     for name in "ab":
         for i in range(2):
@@ -573,7 +574,7 @@ def test_classes_that_differ_only_in_case_stay_two(tmp_path):
 
 def test_the_order_does_not_depend_on_the_disk(tmp_path, monkeypatch):
     touch(tmp_path, *(f"{name}/{i}.jpg" for name in "abc" for i in range(9)))
-    expected, scandir = data.load(tmp_path, shots=2), data.os.scandir
+    expected, scandir = data.load(tmp_path, shots=2), folders.os.scandir
 
     class Backwards(list):
         def __enter__(self):
@@ -585,7 +586,7 @@ def test_the_order_does_not_depend_on_the_disk(tmp_path, monkeypatch):
     def scan_backwards(folder):
         return Backwards(sorted(scandir(folder), key=lambda entry: entry.name, reverse=True))
 
-    monkeypatch.setattr(data.os, "scandir", scan_backwards)
+    monkeypatch.setattr(folders.os, "scandir", scan_backwards)
     assert data.load(tmp_path, shots=2) == expected
 
 
@@ -677,12 +678,12 @@ class Mirror:
         self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(self.files)))
         threading.Thread(target=self.server.serve_forever, args=[0.01], daemon=True).start()
         self.url = f"http://127.0.0.1:{self.server.server_port}/"
-        monkeypatch.setattr(data, "SPLITS", self.url)
+        monkeypatch.setattr(benchmarks, "SPLITS", self.url)
         self.change(split="split.json", blob=git_blob(self.split.read_bytes()))
         self.archive("dtd.tar.gz", tar([f"dtd/images/{path}" for path, _, _ in ROWS] + ["dtd/labels/x.txt"]))
 
     def change(self, **fields):
-        self.monkeypatch.setitem(data.BENCHMARKS, "dtd", replace(data.BENCHMARKS["dtd"], **fields))
+        self.monkeypatch.setitem(benchmarks.BENCHMARKS, "dtd", replace(benchmarks.BENCHMARKS["dtd"], **fields))
 
     def archive(self, name, content):
         (self.files / name).write_bytes(content)
@@ -720,7 +721,7 @@ def test_what_is_absent_is_downloaded(mirror):
 
 def test_what_is_there_is_not_downloaded_again(mirror, monkeypatch):
     expected = mirror.load()
-    monkeypatch.setattr(data, "download", None)
+    monkeypatch.setattr(benchmarks, "download", None)
     assert mirror.load() == expected
 
 
@@ -728,7 +729,7 @@ def test_an_archive_put_there_by_hand_is_unpacked(mirror, monkeypatch):
     touch(mirror.root, "dtd/split.json")
     for name in "split.json", "dtd.tar.gz":
         (mirror.root / "dtd" / name).write_bytes((mirror.files / name).read_bytes())
-    monkeypatch.setattr(data, "download", None)
+    monkeypatch.setattr(benchmarks, "download", None)
     assert len(mirror.load().test) == 6
 
 
@@ -739,7 +740,7 @@ def test_a_file_that_cannot_be_read_for_the_machines_sake_is_kept(mirror, monkey
     archive = touch(mirror.root, "dtd/dtd.tar.gz") / "dtd" / "dtd.tar.gz"
     archive.write_bytes((mirror.files / "dtd.tar.gz").read_bytes())
     with monkeypatch.context() as patched:
-        patched.setattr(data.tarfile, "open", fail)
+        patched.setattr(benchmarks.tarfile, "open", fail)
         with fails("dtd.tar.gz", "Permission denied"):
             mirror.load()
     assert archive.read_bytes() == (mirror.files / "dtd.tar.gz").read_bytes()
@@ -772,7 +773,7 @@ def test_pictures_are_found_in_every_layout(mirror, tmp_path, monkeypatch, image
     place = tmp_path / "place"
     touch_split(place / images, {"all": ROWS})
     (place / images.split("/")[0] / "split.json").write_bytes(mirror.split.read_bytes())
-    monkeypatch.setattr(data, "download", None)
+    monkeypatch.setattr(benchmarks, "download", None)
     assert mirror.load(root=place / root).folder == place / images
 
 
@@ -803,7 +804,7 @@ def test_an_alias_that_is_also_a_folder_is_asked_about(tmp_path, monkeypatch, al
 def test_no_name_has_one_letter(tmp_path, monkeypatch):
     monkeypatch.chdir(touch(tmp_path, "a/x/1.jpg", "r/x/1.jpg"))
     assert [data.identify(name)[1] for name in "ar"] == [str(tmp_path / "a"), str(tmp_path / "r")]
-    assert all(len(name) > 1 for source in data.BENCHMARKS.values() for name in (source.name, *source.aliases))
+    assert all(len(name) > 1 for source in benchmarks.BENCHMARKS.values() for name in (source.name, *source.aliases))
 
 
 def test_a_split_of_the_users_choice_is_taken_but_checked(mirror):
@@ -831,14 +832,14 @@ def test_an_archive_with_another_hash_is_refused_and_not_kept(mirror):
 
 def test_without_network_the_error_says_which_split_to_put_where(mirror, monkeypatch):
     nowhere = unreachable()
-    monkeypatch.setattr(data, "SPLITS", nowhere)
+    monkeypatch.setattr(benchmarks, "SPLITS", nowhere)
     with fails(mirror.root / "dtd" / "split.json", nowhere + "split.json"):
         mirror.load()
 
 
 def test_without_network_the_error_says_which_archive_to_put_where(mirror):
     mirror.change(archive=unreachable() + "dtd.tar.gz")
-    with fails(mirror.root / "dtd" / "dtd.tar.gz", data.BENCHMARKS["dtd"].archive):
+    with fails(mirror.root / "dtd" / "dtd.tar.gz", benchmarks.BENCHMARKS["dtd"].archive):
         mirror.load()
 
 
@@ -890,7 +891,7 @@ def test_a_bomb_stops_early(mirror, monkeypatch, pack, limit, value):
 
 
 def test_the_bounds_leave_room_for_the_largest_archive():
-    assert data.MOST_FILES > 1.5 * 101_000 and data.MOST_BYTES > 1.5 * 5e9  # Food-101
+    assert benchmarks.MOST_FILES > 1.5 * 101_000 and benchmarks.MOST_BYTES > 1.5 * 5e9  # Food-101
 
 
 def test_what_killed_processes_left_is_removed(mirror):

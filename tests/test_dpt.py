@@ -15,6 +15,7 @@ import train
 from clip_min import UserError
 from coop import CoOp
 from dpt import CAVPT, DPT, VLP, likely_classes
+from support import settings
 
 LAYERS = [("12", False, {2: 0}), ("2-3", False, {1: 0, 2: 1}), ("1-2", False, {0: 0, 1: 1}),
           ("1-12", True, {0: 0, 1: 0, 2: 0})]  # cavpt_layers, cavpt_shared, which module makes whose prompts
@@ -112,7 +113,7 @@ def counted(monkeypatch, owner, name):
 
 
 def resolved(method_class, data_name, shots):
-    return train.resolve_recipe(method_class.recipe, {}, data_name, shots)[0]
+    return settings.resolve_recipe(method_class.recipe, {}, data_name, shots)[0]
 
 
 # ---- The slow literal version: one picture, one class, one key at a time ----
@@ -582,11 +583,11 @@ def test_train_py_has_the_methods():
 
 @pytest.mark.parametrize("method_class", [VLP, DPT])
 def test_recipes_of_the_paper(method_class):
-    recipe, options = train.resolve_recipe(method_class.recipe, {}, "dtd", 16)
+    recipe, options = settings.resolve_recipe(method_class.recipe, {}, "dtd", 16)
     assert (recipe["lr"], recipe["warmup_epochs"], recipe["batch_size"], options) == (0.01, 10, 32, {})
     assert [resolved(method_class, "dtd", shots)["epochs"] for shots in (1, 2, 4, 8, 16)] == [60, 100, 100, 100, 100]
     for shots in (1, 16):
-        recipe, options = train.resolve_recipe(method_class.recipe, {}, "imagenet", shots)
+        recipe, options = settings.resolve_recipe(method_class.recipe, {}, "imagenet", shots)
         assert (recipe["epochs"], recipe["warmup_epochs"], options) == (20, 1, dict(guide_epochs=10))
 
 
@@ -599,7 +600,7 @@ def test_dpt_trains_shorter_on_caltech_and_pets_at_16_shots(data_name):
 
 def test_the_recipe_of_version_1_has_no_guidance():
     assert [resolved(CAVPT, "dtd", shots)["epochs"] for shots in (1, 2, 4, 8, 16)] == [50, 100, 100, 200, 200]
-    imagenet, options = train.resolve_recipe(CAVPT.recipe, {}, "imagenet", 16)
+    imagenet, options = settings.resolve_recipe(CAVPT.recipe, {}, "imagenet", 16)
     assert (imagenet["epochs"], imagenet["warmup_epochs"], options) == (50, 1, {})
 
 
@@ -608,15 +609,15 @@ def test_version_1_takes_the_numbers_of_classes_of_its_table_1():
                stanford_cars=100)
     tuned = {"tuned_k_n": True}
     for name, number in k_n.items():
-        recipe, options = train.resolve_recipe(CAVPT.recipe, tuned, name, 16)
-        plain, no_options = train.resolve_recipe(CAVPT.recipe, {}, name, 16)
+        recipe, options = settings.resolve_recipe(CAVPT.recipe, tuned, name, 16)
+        plain, no_options = settings.resolve_recipe(CAVPT.recipe, {}, name, 16)
         assert (options, no_options) == (dict(k_n=number), {}) and recipe == plain
     for name in ("imagenet", "sun397", "shapes"):
-        assert train.resolve_recipe(CAVPT.recipe, tuned, name, 16) == train.resolve_recipe(CAVPT.recipe, {}, name, 16)
+        assert settings.resolve_recipe(CAVPT.recipe, tuned, name, 16) == settings.resolve_recipe(CAVPT.recipe, {}, name, 16)
     args = train.parse_arguments(["--set", "base=vpt", "tuned_k_n=true"])
-    assert train.resolve_settings(args, "stanford_cars", "cavpt", 16, 1).options["k_n"] == 100
+    assert train.resolve_settings(args, train.METHODS, "stanford_cars", "cavpt", 16, 1).options["k_n"] == 100
     args = train.parse_arguments(["--set", "tuned_k_n=true", "k_n=3"])
-    assert train.resolve_settings(args, "stanford_cars", "cavpt", 16, 1).options["k_n"] == 3
+    assert train.resolve_settings(args, train.METHODS, "stanford_cars", "cavpt", 16, 1).options["k_n"] == 3
 
 
 @pytest.mark.parametrize("flags, text, rest", [
@@ -624,6 +625,6 @@ def test_version_1_takes_the_numbers_of_classes_of_its_table_1():
     (dict(warmup_epochs=3), (0.002, 3), (0.01, 3)),
 ], ids=str)  # fmt: skip
 def test_the_rate_of_the_text_scales_with_the_rate_given_and_a_warm_up_given_is_for_all(flags, text, rest, clip):
-    recipe = train.override(resolved(DPT, "dtd", 16), flags)
+    recipe = settings.override(resolved(DPT, "dtd", 16), flags)
     groups = make("dpt", clip).parameter_groups(recipe)
     assert [(group["lr"], group["warmup_epochs"]) for group in groups] == [pytest.approx(text), pytest.approx(rest)]

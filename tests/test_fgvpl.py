@@ -22,6 +22,8 @@ import fgvpl
 import train
 from clip_min import CLIP, Attention, Block, UserError
 from fgvpl import FGVPL, above_otsu, bounding_box, largest_component, object_patches
+from support import settings
+from support.machine import Machine
 
 NAMES = ["cat", "shovel-nosed_ray", "polka dotted", "St. John's Co.", "ox"]
 SIZES = TINY | dict(resolution=40, patch=8, vision_layers=4)  # 5 x 5 patches: 27 tokens with the prompt
@@ -1013,7 +1015,7 @@ EPOCHS = [
 @pytest.mark.parametrize("shots", [0, 1, 16])
 def test_the_recipe_is_the_papers(options, dtd, imagenet, eurosat, shots):
     names = ("dtd", "imagenet", "eurosat")
-    recipes, of_data = zip(*(train.resolve_recipe(FGVPL.recipe, options, name, shots) for name in names), strict=True)
+    recipes, of_data = zip(*(settings.resolve_recipe(FGVPL.recipe, options, name, shots) for name in names), strict=True)
     assert of_data == tuple(TIP[name] if "tip" in options.get("parts", "") else {} for name in names)
     assert [recipe["epochs"] for recipe in recipes] == [dtd, imagenet, eurosat]
     assert [list(recipe.get("templates", [])) for recipe in recipes] == [[], SEVEN, []]
@@ -1028,12 +1030,12 @@ def test_tip_adapters_constants_are_those_of_its_configurations():
                   oxford_pets=1.17, stanford_cars=3, sun397=1.17, ucf101=3)
     for name, alpha in alphas.items():
         for parts in ("tip", "tip-f"):
-            _, options = train.resolve_recipe(FGVPL.recipe, dict(parts=parts), name, 16)
+            _, options = settings.resolve_recipe(FGVPL.recipe, dict(parts=parts), name, 16)
             assert options["lam"] == alpha <= options["max_lam"] <= options["max_sharpness"] <= 50
             assert options.keys() == {"lam", "max_lam", "max_sharpness"} <= FGVPL.default_options().keys()
-        assert train.resolve_recipe(FGVPL.recipe, dict(parts="tar"), name, 16)[1] == {}
+        assert settings.resolve_recipe(FGVPL.recipe, dict(parts="tar"), name, 16)[1] == {}
     args = train.parse_arguments(["--set", "parts=tip", "search=true", "sharpness=5.5"])
-    options = train.resolve_settings(args, "oxford_flowers", "fgvpl", 16, 1).options
+    options = train.resolve_settings(args, train.METHODS, "oxford_flowers", "fgvpl", 16, 1).options
     assert (options["lam"], options["sharpness"], options["search"], options["max_lam"]) == (10, 5.5, True, 50)
 
 
@@ -1065,8 +1067,8 @@ def test_the_rate_follows_one_cosine_over_all_steps(clip, monkeypatch):
             return super().step(*args, **kwargs)
 
     monkeypatch.setattr(torch.optim, "AdamW", Spy)
-    recipe, _ = train.resolve_recipe(FGVPL.recipe, {}, "dtd", 16)
-    machine = train.Machine(torch.device("cpu"), None, 0)
+    recipe, _ = settings.resolve_recipe(FGVPL.recipe, {}, "dtd", 16)
+    machine = Machine(torch.device("cpu"), None, 0)
     train.train(prepared(clip, parts="tar"), FewShot(), recipe | dict(epochs=4), machine)
     expected = [0.001 / 2 * (1 + math.cos(math.pi * t / 12)) for t in range(12)]  # 4 epochs of 3 steps
     assert rates == pytest.approx(expected, rel=1e-9) and settings == dict(eps=1e-4, weight_decay=0.01)

@@ -23,6 +23,7 @@ import data
 import report
 import train
 from clip_min import CLIP, UserError, encode, load_clip, tokenize
+from support.machine import Machine
 
 COUNT = int(os.environ.get("MUTATIONS", 300))
 SIZES = TINY | dict(resolution=16, vision_layers=1, vision_width=64, text_layers=1, joint=8)
@@ -217,7 +218,7 @@ def test_checkpoints(tmp_path, capsys):
     """A broken one is not used, or is named. None changes what is learned."""
     method = train.METHODS["coop"](CLIP.from_state_dict(random_state_dict(**SIZES)), ["cat", "dog"], n_ctx=2)
     optimizer = torch.optim.SGD(method.parameter_groups(), momentum=0.9)
-    scaler, machine = torch.amp.GradScaler("cpu", enabled=False), train.Machine(torch.device("cpu"))
+    scaler, machine = torch.amp.GradScaler("cpu", enabled=False), Machine(torch.device("cpu"))
     method.loss(torch.randn(2, 3, 16, 16), torch.tensor([0, 1])).backward()
     optimizer.step()
     path, description = tmp_path / "checkpoint", dict(method="coop", seed=1)

@@ -18,6 +18,8 @@ import torch
 from test_train import only_run, run_folders, world  # noqa: F401 (a fixture)
 
 import train
+from support import machine, runs
+from support.machine import Machine
 
 PROJECT = Path(__file__).parents[1]
 FORKSERVER = multiprocessing.get_context("forkserver")  # its children have torch loaded, and no threads yet
@@ -58,7 +60,7 @@ def start_and_die(flags, owner, name, count, after):
         return value
 
     setattr(owner, name, deadly)
-    train.CHECKPOINT_SECONDS = 0
+    runs.CHECKPOINT_SECONDS = 0
     start(flags)
 
 
@@ -153,7 +155,7 @@ def test_an_epoch_that_takes_longer_has_checkpoints_of_its_own(flags, monkeypatc
     monkeypatch.setattr(train.Checkpoint, "write", lambda self, *args: written.append(len(args[4])) or write(self, *args))
     assert train.main(list(map(str, flags))) == 0
     assert written == [0, 0, 0]  # at the end of every epoch
-    monkeypatch.setattr(train, "CHECKPOINT_SECONDS", 0)
+    monkeypatch.setattr(runs, "CHECKPOINT_SECONDS", 0)
     assert train.main([*map(str, flags), "--again"]) == 0
     assert written[3:] == [1, 2, 3, 0] * 3
 
@@ -184,10 +186,10 @@ def test_sigterm_is_as_ctrl_c_and_a_second_process_leaves_the_run_to_the_first(f
 
 
 def test_of_a_sweep_the_second_process_takes_the_next_run(flags, tmp_path, capsys):
-    with train.reserve(tmp_path / "runs" / "photos" / "coop" / "seed1", False, train.Machine(torch.device("cpu"))):
+    with train.reserve(tmp_path / "runs" / "photos" / "coop" / "seed1", False, Machine(torch.device("cpu"))):
         pass  # a lock that was given back is no hindrance
     args = train.parse_arguments(list(map(str, flags)))
-    folders = [Path(args.out) / train.resolve_settings(args, args.data[0], "coop", 4, seed).folder for seed in (1, 2)]
+    folders = [Path(args.out) / train.resolve_settings(args, train.METHODS, args.data[0], "coop", 4, seed).folder for seed in (1, 2)]
     folders[1].parent.mkdir(parents=True)
     folders[1].with_name(f"{folders[1].name}.lock").write_bytes(b"")  # of a process that was killed
     held = FORKSERVER.Event()
@@ -204,7 +206,7 @@ def test_of_a_sweep_the_second_process_takes_the_next_run(flags, tmp_path, capsy
 
 
 def hold(folder, held):
-    with train.reserve(folder, False, train.Machine(torch.device("cpu"))):
+    with train.reserve(folder, False, Machine(torch.device("cpu"))):
         held.set()
         time.sleep(60)
 
@@ -251,6 +253,6 @@ def test_results_come_together_in_the_order_of_the_batches(monkeypatch, n_batche
         assert mine == batches[1::3]
         hands[:] = [batches[rank::3] for rank in range(3)]
 
-    monkeypatch.setattr(train.distributed, "all_gather_object", all_gather_object)
-    machine = train.Machine(torch.device("cpu"), rank=1, processes=3)
-    assert train.gather(batches[1::3], machine) == batches
+    monkeypatch.setattr(machine.distributed, "all_gather_object", all_gather_object)
+    second_of_three = Machine(torch.device("cpu"), rank=1, processes=3)
+    assert machine.gather(batches[1::3], second_of_three) == batches

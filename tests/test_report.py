@@ -19,6 +19,7 @@ import report
 import train
 from clip_min import read_safetensors
 from coop import CoOp
+from support.machine import Machine
 
 COLOURS = {"red": (220, 40, 40), "green": (40, 200, 60), "blue": (50, 60, 220)}
 
@@ -41,7 +42,7 @@ def write_run(out, accuracy, method="upt", data_name="dtd", shots=16, seed=1, ze
               flags=(), results=None, **changes):
     """The result.json of a run with these settings, as far as report.py reads it."""
     args = train.parse_arguments([*flags, *(["--set", *sets] if sets else [])])
-    settings = replace(train.resolve_settings(args, data_name, method, shots, seed), **changes)
+    settings = replace(train.resolve_settings(args, train.METHODS, data_name, method, shots, seed), **changes)
     folder = out / settings.folder
     folder.mkdir(parents=True)
     result = asdict(settings) | dict(zero_shot=zero_shot, accuracy=accuracy, shifts=shifts or {}, losses=[1.0])
@@ -731,8 +732,8 @@ def test_a_classifier_is_exported_where_clip_with_it_predicts_as_the_method(name
                 tensor.add_(0.3 * torch.randn_like(tensor))  # as after a training
         method.prepare([(images, torch.tensor([0, 1, 2, 0]))])
     args = train.parse_arguments(["--backbone", "tiny"])
-    settings = train.resolve_settings(args, "shapes", name, 16, 1)
-    run, path = report.Run(tmp_path, settings, {}, method, train.Machine(torch.device("cpu"), None, 0)), tmp_path / "c"
+    settings = train.resolve_settings(args, train.METHODS, "shapes", name, 16, 1)
+    run, path = report.Run(tmp_path, settings, {}, method, Machine(torch.device("cpu"), None, 0)), tmp_path / "c"
     clip = method.clip
     with torch.no_grad():
         features = torch.nn.functional.normalize(clip.encode_image(images), dim=-1)

@@ -32,8 +32,10 @@ import data
 import train
 from clip_min import Method, UserError, load_clip, preprocess
 from coop import CoOp
+from support import benchmarks, runs, settings
+from support.machine import Machine
 
-SETTINGS = {field.name for field in fields(train.Settings)}
+SETTINGS = {field.name for field in fields(settings.Settings)}
 KEYS = SETTINGS | {
     "classes", "train_images", "test_images", "zero_shot", "accuracy", "published", "published_source", "shifts",
     "base_to_new", "variance", "trainable_parameters", "seconds_training", "seconds_total", "epochs", "losses", "picks", "torch",
@@ -45,7 +47,7 @@ NUMBERS = {"n01440764": 0, "n02012849": 134, "n03126707": 517, "n15075141": 999}
 SHIFTS = ["imagenetv2", "imagenet_sketch", "imagenet_a", "imagenet_r"]
 SCRIPT = Path(train.__file__)
 CPU = torch.device("cpu")
-PLAIN = train.Machine(CPU, None, 0)
+PLAIN = Machine(CPU, None, 0)
 
 # Every method, and the options that change what it learns or what is tied to the training classes.
 CASES = ["zeroshot", "coop", "coop csc=true n_ctx=4", "vpt", "vlp", "dpt", "cavpt", "cavpt base=vpt", "upt", "fgvpl",
@@ -113,7 +115,7 @@ def settings(command, data_name, shots=16, backbone="ViT-B/16"):
     sets = [word.replace("a_photo_of_a", "a photo of a") for word in words if not word.startswith("--")]
     argv = ["--backbone", backbone, *(word for word in words if word.startswith("--"))]
     args = train.parse_arguments([*argv, *(["--set", *sets] if sets else [])])
-    return train.resolve_settings(args, data_name, method, shots, 1)
+    return train.resolve_settings(args, train.METHODS, data_name, method, shots, 1)
 
 
 @pytest.fixture(scope="module")
@@ -260,11 +262,11 @@ def test_the_rate_is_constant_in_the_warm_up_and_then_falls_without_reaching_zer
     (1, 50), (2, 100), (3, 100), (4, 100), (8, 200), (16, 200), (0, 200), (32, 200),
 ])
 def test_coop_trains_as_many_epochs_as_its_paper_at_that_number_of_shots(shots, epochs):
-    recipe, options = train.resolve_recipe(CoOp.recipe, {}, "dtd", shots)
+    recipe, options = settings.resolve_recipe(CoOp.recipe, {}, "dtd", shots)
     assert recipe["epochs"] == epochs and options == {}
     assert (recipe["optimizer"], recipe["lr"], recipe["warmup_epochs"], recipe["batch_size"]) == ("sgd", 0.002, 1, 32)
     assert (recipe["momentum"], recipe["weight_decay"], recipe["crop_scale"]) == (0.9, 5e-4, (0.08, 1.0))
-    assert train.resolve_recipe(CoOp.recipe, {}, "imagenet", shots)[0]["epochs"] == 50
+    assert settings.resolve_recipe(CoOp.recipe, {}, "imagenet", shots)[0]["epochs"] == 50
 
 
 def test_a_data_set_can_change_the_recipe_and_the_methods_options_and_the_user_both():
@@ -286,7 +288,7 @@ def test_an_option_can_change_the_recipe():
 
 def test_on_drawn_data_the_recipe_is_the_papers_with_fewer_epochs(world):
     papers, drawn = (settings("coop", name).recipe for name in ("dtd", "shapes_tint"))
-    assert papers | {"epochs": train.WORLD_EPOCHS} == drawn != papers
+    assert papers | {"epochs": settings.WORLD_EPOCHS} == drawn != papers
     assert settings("fgvpl parts=tip", "shapes").recipe["epochs"] == 0  # there is nothing to train
 
 
@@ -462,8 +464,8 @@ def test_neither_variance_nor_workers_change_what_is_learned(start, tmp_path):
 
 
 def test_a_cpu_computes_in_fp32_unless_told_otherwise():
-    assert train.choose_machine("cpu", "auto", None) == train.Machine(CPU, None, 0)
-    assert train.choose_machine("cpu", "fp32", 3) == train.Machine(CPU, None, 3)
+    assert train.choose_machine("cpu", "auto", None) == Machine(CPU, None, 0)
+    assert train.choose_machine("cpu", "fp32", 3) == Machine(CPU, None, 3)
     assert train.choose_machine("cpu", "bf16", None).dtype == torch.bfloat16
     assert train.choose_machine("cpu", "fp16", None).dtype == torch.float16
 
@@ -479,8 +481,8 @@ def test_a_gpu_computes_in_bf16_where_its_hardware_does_and_else_in_fp16(monkeyp
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", is_bf16_supported)
     monkeypatch.setattr(torch, "empty", lambda *size, device: None)  # there is no GPU to make a tensor on
     monkeypatch.setattr(os, "cpu_count", lambda: 64)
-    assert train.choose_machine(None, "auto", None) == train.Machine(torch.device("cuda"), dtype, 8)
-    assert train.choose_machine("cuda", "fp32", 0) == train.Machine(torch.device("cuda"), None, 0)
+    assert train.choose_machine(None, "auto", None) == Machine(torch.device("cuda"), dtype, 8)
+    assert train.choose_machine("cuda", "fp32", 0) == Machine(torch.device("cuda"), None, 0)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
@@ -1029,7 +1031,7 @@ def test_prompts_that_the_machine_cannot_read_are_not_called_broken(tmp_path, mo
     def denied(*_, **__):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(train.zipfile, "ZipFile", denied)
+    monkeypatch.setattr(runs.zipfile, "ZipFile", denied)
     message = refusal(tmp_path)
     assert str(tmp_path / "prompts.pt") in message and "Permission denied" in message and "train again" not in message
 
@@ -1117,8 +1119,8 @@ def test_every_published_number_of_a_method_is_found_by_its_setting():
         trained_on = {"average_8": "dtd", "average_11": "dtd"}.get(name, name)
         if name in [*SHIFTS, "shift_average", "ood_average"]:
             trained_on = "imagenet"
-        run = train.resolve_settings(args, trained_on, method, int(shots), 1)
-        assert sorted(data.published(run, name)) == sorted(numbers), (method, options, backbone, shots, name)
+        run = train.resolve_settings(args, train.METHODS, trained_on, method, int(shots), 1)
+        assert sorted(benchmarks.published(run, name)) == sorted(numbers), (method, options, backbone, shots, name)
 
 
 @pytest.mark.parametrize("command, backbone, shots, name, expected", [
@@ -1154,15 +1156,15 @@ def test_every_published_number_of_a_method_is_found_by_its_setting():
 def test_a_run_finds_what_the_papers_report_for_exactly_its_setting(command, backbone, shots, name, expected):
     trained_on = "imagenet" if "imagenet" in name else name.replace("average_11", "dtd")
     run = settings(command, trained_on, shots, backbone)
-    assert [value for value, _ in data.published(run, name)] == expected
+    assert [value for value, _ in benchmarks.published(run, name)] == expected
 
 
 def test_a_folder_or_a_weights_file_of_ones_own_is_not_compared_with_the_papers(tmp_path):
-    assert data.published(settings("coop", "dtd"), "dtd")
+    assert benchmarks.published(settings("coop", "dtd"), "dtd")
     (tmp_path / "dtd").mkdir()
     (tmp_path / "ViT-B-16.pt").touch()
-    assert not data.published(settings("coop", str(tmp_path / "dtd")), "dtd")
-    assert not data.published(settings("coop", "dtd", backbone=str(tmp_path / "ViT-B-16.pt")), "dtd")
+    assert not benchmarks.published(settings("coop", str(tmp_path / "dtd")), "dtd")
+    assert not benchmarks.published(settings("coop", "dtd", backbone=str(tmp_path / "ViT-B-16.pt")), "dtd")
 
 
 def test_a_run_prints_and_saves_the_papers_number(on_benchmarks, capsys):
@@ -1374,7 +1376,7 @@ def test_the_commands_that_are_written_down_parse(file, monkeypatch):
         except SystemExit:
             pytest.fail(f"python train.py {shlex.join(words)}")
         for method in args.method:
-            train.parse_options(method, train.METHODS[method].default_options(), args.set)
+            settings.parse_options(method, train.METHODS[method].default_options(), args.set)
 
 
 def test_the_default_run_beats_zero_shot_in_a_minute_on_two_cores(tmp_path):

@@ -20,6 +20,8 @@ from clip_min import (
     tokenize,
 )
 from coop import CoOp
+from support import settings
+from support.machine import Machine
 from upt import UPT, inter_class_variance, intra_class_variance, variances
 from vpt import VPT
 
@@ -31,7 +33,7 @@ DEPTHS = [
     dict(depth_text=1), dict(depth_visual=1), dict(depth_text=2, depth_visual=3), dict(depth_text=4, depth_visual=2),
 ]  # fmt: skip
 LABELS = torch.tensor([0, 2, 1, 2])
-CPU = train.Machine(torch.device("cpu"), None, 0)
+CPU = Machine(torch.device("cpu"), None, 0)
 
 
 # ---- Helpers ----
@@ -665,12 +667,12 @@ def test_prompts_to_show_have_the_name_and_the_number_of_vectors(clip):
 
 
 def test_the_recipe_is_the_papers():
-    recipe, options = train.resolve_recipe(UPT.recipe, {}, "dtd", 16)
+    recipe, options = settings.resolve_recipe(UPT.recipe, {}, "dtd", 16)
     assert (recipe["optimizer"], recipe["lr"], recipe["warmup_epochs"], recipe["batch_size"]) == ("sgd", 0.002, 1, 32)
     assert (recipe["momentum"], recipe["weight_decay"], recipe["crop_scale"]) == (0.9, 5e-4, (0.08, 1.0))
-    epochs = [train.resolve_recipe(UPT.recipe, {}, "dtd", shots)[0]["epochs"] for shots in (1, 2, 4, 8, 16)]
+    epochs = [settings.resolve_recipe(UPT.recipe, {}, "dtd", shots)[0]["epochs"] for shots in (1, 2, 4, 8, 16)]
     assert epochs == [50, 100, 100, 200, 200] and options == {}
-    assert train.resolve_recipe(UPT.recipe, {}, "imagenet", 16)[0]["epochs"] == 50
+    assert settings.resolve_recipe(UPT.recipe, {}, "imagenet", 16)[0]["epochs"] == 50
 
 
 BAD = [

@@ -12,6 +12,7 @@ from test_coop import NAMES, train_step
 
 import train
 from clip_min import UserError
+from support import settings
 from vpt import VPT
 
 KINDS = [
@@ -260,12 +261,12 @@ def test_it_runs_on_the_meta_device(kind, clip):
 
 def test_train_py_has_it_with_the_recipe_of_the_paper():
     assert train.METHODS["vpt"] is VPT
-    recipe, options = train.resolve_recipe(VPT.recipe, {}, "dtd", 16)
+    recipe, options = settings.resolve_recipe(VPT.recipe, {}, "dtd", 16)
     assert (recipe["lr"], recipe["warmup_epochs"], recipe["batch_size"], recipe["epochs"]) == (0.01, 10, 32, 200)
     assert (recipe["optimizer"], recipe["momentum"], recipe["weight_decay"], options) == ("sgd", 0.9, 5e-4, {})
-    epochs = [train.resolve_recipe(VPT.recipe, {}, "dtd", shots)[0]["epochs"] for shots in (1, 2, 4)]
+    epochs = [settings.resolve_recipe(VPT.recipe, {}, "dtd", shots)[0]["epochs"] for shots in (1, 2, 4)]
     assert epochs == [50, 100, 100]
-    imagenet, _ = train.resolve_recipe(VPT.recipe, {}, "imagenet", 16)
+    imagenet, _ = settings.resolve_recipe(VPT.recipe, {}, "imagenet", 16)
     assert (imagenet["epochs"], imagenet["warmup_epochs"], imagenet["lr"]) == (50, 10, 0.01)
 
 

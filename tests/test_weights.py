@@ -31,7 +31,9 @@ from conftest import B16, TINY, openai_clip, random_state_dict
 from torch import nn
 
 import clip_min
-from clip_min import CLIP, UserError, download, load_clip, tokenize
+from clip_min import CLIP, UserError, load_clip, tokenize
+from support import weights
+from support.downloads import download
 
 SMALL = TINY | dict(vision_layers=1, text_layers=1)
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -476,7 +478,7 @@ def test_the_activation_is_in_every_block_of_both_towers(small):
 ])  # fmt: skip
 def test_the_configuration_of_open_clip_is_read(folder, config, expected, tmp_path):
     write(tmp_path / folder / "open_clip_config.json", json.dumps(config).encode())
-    found = clip_min.read_configuration(tmp_path / folder)
+    found = weights.read_configuration(tmp_path / folder)
     assert (found["activation"], found["vision_heads"], found["text_heads"]) == expected
 
 
@@ -487,13 +489,13 @@ def test_the_configuration_of_open_clip_is_read(folder, config, expected, tmp_pa
 ])  # fmt: skip
 def test_the_configuration_of_transformers_is_read(config, expected, tmp_path):
     write(tmp_path / "config.json", json.dumps(config | {"model_type": "clip"}).encode())
-    found = clip_min.read_configuration(tmp_path)
+    found = weights.read_configuration(tmp_path)
     assert (found["activation"], found["vision_heads"], found["text_heads"]) == expected
 
 
 def test_the_configuration_of_something_else_is_left_alone(tmp_path):
     write(tmp_path / "config.json", b'{"model_type": "siglip", "vision_config": {}}')
-    assert clip_min.read_configuration(tmp_path) == {}
+    assert weights.read_configuration(tmp_path) == {}
 
 
 @pytest.mark.parametrize("config", [b"{", b"[]", b'{"model_cfg": 3}', b'{"model_cfg": {}}', b'{"model_type": "clip"}'])
@@ -747,7 +749,7 @@ def server(monkeypatch):
 def hub(server, tmp_path, monkeypatch):
     """The hub on the local server, with an empty home. Nothing is served yet: see server.files."""
     monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setattr(clip_min, "HUB", server.url + "/{}/{}")
+    monkeypatch.setattr(weights, "HUB", server.url + "/{}/{}")
     server.cache = tmp_path / ".cache" / "clip"
     return server
 
@@ -858,7 +860,7 @@ def test_a_failed_download_says_what_to_put_where_by_hand(hub):
 
 
 def test_no_network_at_all_is_one_sentence_too(hub, monkeypatch):
-    monkeypatch.setattr(clip_min, "HUB", "http://127.0.0.1:1/{}/{}")
+    monkeypatch.setattr(weights, "HUB", "http://127.0.0.1:1/{}/{}")
     with pytest.raises(UserError, match="refused.*by hand"):
         load_clip("ViT-B/16")
 

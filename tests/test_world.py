@@ -11,6 +11,8 @@ from make_tiny_clip import scenes_and_pictures
 import data
 import train
 from clip_min import ASSETS, Method, load_clip, preprocess
+from support import world
+from support.machine import Machine
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +26,7 @@ def files(folder):
 
 def zero_shot(root, name):
     clip, bench = load_clip("tiny"), data.load(name, root)
-    machine = train.Machine(torch.device("cpu"), dtype=None, workers=0)
+    machine = Machine(torch.device("cpu"), dtype=None, workers=0)
     batches = data.plain_batches(bench.test, clip, machine.device, machine.workers)
     return train.evaluate(Method(clip, bench.classnames, bench.templates), batches, machine).accuracy
 
@@ -33,7 +35,7 @@ def zero_shot(root, name):
 def test_every_world_has_a_few_shot_and_a_full_test_set(root, name):
     bench = data.load(name, root, shots=16, seed=1)
     assert len(bench.classnames) == 12 and len(bench.train) == 12 * 16 and len(bench.test) >= 500
-    assert data.read(bench.test[0][0]).size == (data.SIDE, data.SIDE)
+    assert data.read(bench.test[0][0]).size == (world.SIDE, world.SIDE)
     assert not bench.own and bench.name == name
 
 

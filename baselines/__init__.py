@@ -1,0 +1,1 @@
+"""The other rows of the papers' tables, a file for each method."""

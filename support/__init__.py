@@ -1,0 +1,1 @@
+"""What makes the programs practical. No method needs it to be understood."""

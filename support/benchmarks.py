@@ -1,0 +1,160 @@
+"""The eleven benchmarks and the four shifts of ImageNet: found under a root, fetched where absent, read, compared.
+
+data.load() calls read_benchmark(); published() gives the papers' numbers for a run. The pictures and lists that it
+returns are those of CoOp's protocol, in CoOp's order.
+"""
+
+import csv
+import json
+import tarfile
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from clip_min import ASSETS, UserError
+from support.downloads import download, file_digest
+from support.folders import read_parts, read_split, working_folder
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a benchmark comes from: a row of assets/benchmarks.json."""
+    name: str
+    aliases: list[str]  # upper case and "-", "_", " " do not matter
+    images: list[str]  # image folders under root, CoOp's and torchvision's; the first step is the data set's folder
+    holds: str = ""  # a folder in the image folder, where the image folder is the data set's folder itself
+    split: str = ""  # the name of CoOp's list, which lies in the data set's folder
+    blob: str = ""  # the list's git blob id
+    archive: str = ""  # the address of the pictures
+    md5: str = ""
+    nested: str = ""  # a second archive inside the archive
+    inside: str = ""  # the folder in the archive that is put into the data set's folder
+    by_hand: str = ""  # layout and source, where no address works
+    template: str = "a photo of a {}."  # CoOp's
+
+
+TABLES = json.loads((ASSETS / "benchmarks.json").read_text("utf-8"))
+BENCHMARKS = {row["name"]: Source(**row) for row in TABLES["benchmarks"]}
+SPLITS = "https://raw.githubusercontent.com/linzhiqiu/cross_modal_adaptation/main/splits/"  # CoOp's are on a Drive
+MOST_FILES, MOST_BYTES = 200_000, 10 * 2**30  # of an archive; the largest, Food-101, has 101,000 pictures in 5 GB
+
+
+def read_benchmark(name, root):
+    """-> the image folder, the split, the class names, and ImageNet's class numbers or None."""
+    source, class_ids = BENCHMARKS[name], None
+    home, folder = find_images(source, root)
+    if name.startswith("imagenet"):
+        split, classnames, class_ids = read_imagenet(folder, name)
+    elif name == "fgvc_aircraft":
+        split, classnames = read_aircraft(folder)
+    else:
+        split, classnames = read_split(home / source.split)
+    return folder, split, classnames, class_ids
+
+
+def published(run, data_name):
+    """What the papers report for a run's settings on a data set. -> [(accuracy, "DPT, Table II"), ...], often empty.
+
+    A row of published.csv fits if the run has its options, and if the user changed nothing else.
+    """
+    if run.data_path:
+        return []
+    wanted = [run.method, run.backbone, "0" if run.method == "zeroshot" else str(run.shots), data_name]
+    values, changed, found = run.options | run.recipe, run.changed.keys() - {"precision"}, []
+    with (ASSETS / "published.csv").open(newline="") as file:
+        for row in csv.DictReader(file):
+            options = dict(pair.split("=", 1) for pair in row["options"].split(";") if pair)
+            same_run = [row[key] for key in ("method", "backbone", "shots", "dataset")] == wanted
+            if same_run and changed <= options.keys() and all(spell(values[k]) == v for k, v in options.items()):
+                found.append((float(row["accuracy"]), f"{row['paper']}, {row['table']}"))
+    return found
+
+
+def spell(value):
+    """A value of an option or of a recipe, as assets/published.csv writes it."""
+    return f"{value:g}" if isinstance(value, float) else str(value).lower()
+
+
+def read_aircraft(folder):
+    """FGVC Aircraft's own lists, beside the image folder. Its names have slashes, F/A-18, and are never a path."""
+    split, classnames = {}, list(filter(None, (folder.parent / "variants.txt").read_text("utf-8").splitlines()))
+    for part in "train", "val", "test":
+        file, split[part] = folder.parent / f"images_variant_{part}.txt", []
+        for line in filter(None, file.read_text("utf-8").splitlines()):
+            image, _, name = line.partition(" ")  # 1025794 707-320
+            if name not in classnames:
+                raise UserError(f"{file} has the line {line!r}, which ends with no line of variants.txt: mend it")
+            split[part].append((f"{image}.jpg", classnames.index(name)))
+    return split, classnames
+
+
+def read_imagenet(folder, name):
+    """ImageNet, or one of its shifts, which is test pictures only. -> split, class names, ImageNet's class numbers.
+
+    Class folders are called by wnid, in ImageNetV2 by number; sorted as text, 10 would come before 2. The names are
+    OpenAI's; torchvision's cost accuracy.
+    """
+    rows = [line.split(" ", 1) for line in (ASSETS / "imagenet_classes.txt").read_text().splitlines()]
+    number = {key: i for i, (wnid, _) in enumerate(rows) for key in (wnid, str(i))}
+    places = {"train": "train/", "test": "val/"} if name == "imagenet" else {"test": ""}
+    split, keys = read_parts(folder, places, order=lambda key: number.get(key, -1))
+    if keys[0] not in number:
+        raise UserError(f"{folder / places['test'] / keys[0]} is not named like a class of ImageNet: move it away")
+    class_ids = [number[key] for key in keys]
+    return split, [rows[i][1] for i in class_ids], class_ids
+
+
+def find_images(source, root):
+    """-> the data set's folder and its image folder. Lists and pictures that are absent are downloaded."""
+    layouts = [path.split("/", 1) for path in source.images]
+    places = [(root / home, images) for home, images in layouts]
+    has_list = source.split and (root / source.split).exists()
+    if has_list or {root.absolute().name, root.resolve().name} & {home for home, _ in layouts}:
+        places = [(root, images) for _, images in layouts] + places  # root is the data set's own folder
+
+    def found():
+        return next(((home, home / images) for home, images in places if (home / images / source.holds).is_dir()), None)
+
+    home, images = found() or places[0]
+    if not found() and not source.archive:
+        raise UserError(f"{source.name} is not under {root} and cannot be downloaded: put its pictures into "
+                        f"{home / images}: {source.by_hand}")
+    if source.split and not (home / source.split).exists():  # first: the archive is of no use without the list
+        download(SPLITS + source.split, home / source.split, "git", source.blob)
+    if not found():
+        archive = home / source.archive.rsplit("/")[-1]
+        if not archive.exists():
+            download(source.archive, archive, "md5", source.md5)
+        elif file_digest(archive, "md5") != source.md5:  # put there by hand
+            raise UserError(f"{archive} is not {source.archive} as it should be (md5): remove it, to download it again")
+        unpack(source, archive, home)
+    return found()
+
+
+def unpack(source, archive, home):
+    """Put the pictures of an archive into the data set's folder. An archive that is broken or a bomb is a UserError."""
+    with working_folder(home / Path(source.inside).name, source.inside) as temporary:
+        try:
+            extract(archive, temporary)
+            if source.nested:
+                extract(temporary / source.nested, temporary)
+            if not (temporary / source.inside).is_dir():
+                raise ValueError(f"no folder {source.inside} in it")
+        except Exception as error:  # of a broken archive, of many kinds; those of the disk have a number
+            if getattr(error, "errno", None) or isinstance(error, MemoryError):
+                raise
+            detail = " ".join(str(error).split())
+            raise UserError(f"{archive} cannot be unpacked ({detail}): remove it, to download it again") from error
+
+
+def extract(archive, folder):
+    """Extract a zip or tar file. Members that lead out of the folder are refused by tarfile, renamed by zipfile."""
+    if not archive.is_file():
+        raise ValueError(f"no {archive.name} in it")
+    size, is_zip = 0, archive.suffix == ".zip"
+    with zipfile.ZipFile(archive) if is_zip else tarfile.open(archive) as file:
+        for number, member in enumerate(file.infolist() if is_zip else file, 1):
+            size += member.file_size if is_zip else member.size
+            if number > MOST_FILES or size > MOST_BYTES:
+                raise ValueError(f"more than {MOST_FILES} files or {MOST_BYTES} bytes in it")
+            file.extract(member, folder, **{} if is_zip else {"filter": "data"})

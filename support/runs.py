@@ -1,0 +1,199 @@
+"""Run folders: who works on a run, what it goes on from after a kill, and what it leaves.
+
+train.py calls reserve(), Checkpoint and save_run(); report.py reads with read_prompts(). A folder is written whole or
+not at all, and a finished run is never lost.
+"""
+
+import csv
+import json
+import sqlite3
+import tempfile
+import time
+import zipfile
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import torch
+
+from clip_min import UserError
+from support.folders import clear_leftovers
+from support.machine import agree
+from support.settings import Settings
+
+CHECKPOINT_SECONDS = 30  # between the checkpoints of an epoch that takes longer
+
+
+@contextmanager
+def reserve(folder, again, machine):
+    """Keep a run for this process while the block runs. -> "", or a line that says why there is nothing to do."""
+    obstacle, connection, lock = "", None, folder.with_name(f"{folder.name}.lock")
+    if machine.rank == 0 and (folder / "result.json").exists() and not again:
+        obstacle = f"finished    {folder} (--again repeats it)"
+    elif machine.rank == 0:
+        make_folder(folder.parent)  # now, so that a place that cannot be written to does not cost a training
+        try:  # SQLite knows the locks of every system; they go with the process, however it ends
+            connection = sqlite3.connect(lock, timeout=0, isolation_level=None)
+            connection.execute("BEGIN EXCLUSIVE")
+        except sqlite3.OperationalError as error:
+            if "locked" not in str(error):
+                raise UserError(f"{lock} cannot be written ({error}): choose another --out.") from error
+            obstacle = f"in work     {folder} (by another process)"
+    obstacle = agree(obstacle, machine)
+    try:
+        yield obstacle
+    finally:
+        if connection:
+            connection.close()
+            if not obstacle:
+                with suppress(OSError):  # on Windows another process may have it open
+                    lock.unlink()
+
+
+class Checkpoint:
+    """What a run that was stopped goes on from: a file beside its folder, used for the same settings and pictures.
+
+    It holds the learned tensors, the state of optimizer, scaler and random streams, the mean losses of the finished
+    epochs and the losses of the steps behind them.
+    """
+
+    def __init__(self, path, description, machine):
+        """description: what prompts.pt holds besides the tensors."""
+        self.path, self.description, self.machine, self.written = path, description, machine, time.time()
+        self.saved = agree(self.read() if machine.rank == 0 else None, machine)
+
+    def read(self):  # -> what was written, or None
+        if not self.path.exists():
+            return None
+        try:
+            saved = load_tensors(self.path)
+            if any(saved[key] != value for key, value in self.description.items()):
+                raise ValueError("other settings or pictures")
+            print(f"goes on     behind {len(saved['means'])} epochs and {len(saved['losses'])} steps")
+            return saved
+        except Exception as error:  # any file can stand there
+            if getattr(error, "errno", None):  # the machine's trouble, not the file's
+                raise UserError(f"{self.path} cannot be read ({error.strerror}): see to it, or remove it.") from error
+            detail = " ".join(str(error).split())[:80]
+            print(f"warning: {self.path} is no checkpoint of this run ({detail}), which begins anew")
+
+    def restore_tensors(self, method):
+        """-> whether there were any."""
+        if self.saved:
+            with self.name_what_does_not_fit():
+                method.load_learned(self.saved["tensors"])
+        return bool(self.saved)
+
+    def restore(self, optimizer, scaler):
+        """-> the mean losses of the finished epochs, and the losses of the steps behind them."""
+        if not self.saved:
+            return [], []
+        with self.name_what_does_not_fit():
+            optimizer.load_state_dict(self.saved["optimizer"])
+            scaler.load_state_dict(self.saved["scaler"])
+            torch.set_rng_state(self.saved["random"])
+            if self.machine.device.type == "cuda":
+                torch.cuda.set_rng_state(self.saved["random_cuda"], self.machine.device)
+            return self.saved["means"], [loss.to(self.machine.device) for loss in self.saved["losses"]]
+
+    @contextmanager
+    def name_what_does_not_fit(self):
+        try:
+            yield
+        except Exception as error:  # another version of PyTorch or of a method, or a file that somebody changed
+            detail = " ".join(str(error).split())[:80]
+            raise UserError(f"{self.path} does not fit this run ({detail}): remove it to begin anew.") from error
+
+    def is_due(self):
+        return time.time() - self.written > CHECKPOINT_SECONDS
+
+    def write(self, method, optimizer, scaler, means, losses):
+        """Replace the file, whole or not at all."""
+        self.written = time.time()
+        if self.machine.rank:
+            return
+        state = self.description | dict(
+            tensors=method.learned(), optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), means=means,
+            losses=losses, random=torch.get_rng_state())
+        if self.machine.device.type == "cuda":
+            state["random_cuda"] = torch.cuda.get_rng_state(self.machine.device)
+        part = self.path.with_name(f"{self.path.name}.part")
+        try:
+            torch.save(state, part)
+            part.replace(self.path)
+        except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
+            with suppress(OSError):
+                part.unlink()
+            raise UserError(f"{self.path} cannot be written ({error}): make room, the same command goes on.") from error
+
+    def remove(self):
+        for path in self.path, self.path.with_name(f"{self.path.name}.part"):
+            path.unlink(missing_ok=True)
+
+
+def save_run(folder, bench, method, description, evaluation, result):
+    """Write a run's folder, whole or not at all: beside its place, then renamed."""
+    prompts = description | {"tensors": {name: tensor.cpu() for name, tensor in method.learned().items()}}
+    rows = [("picture", "class", "predicted class", "probability")]
+    for (path, label), predicted, p in zip(bench.test, evaluation.predicted, evaluation.probability, strict=True):
+        rows.append((bench.relative(path), bench.classnames[label], bench.classnames[predicted], f"{p:.6f}"))
+    try:
+        clear_leftovers(folder)
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as temporary:
+            new = Path(temporary, "new")
+            new.mkdir()
+            torch.save(prompts, new / "prompts.pt")
+            with (new / "predictions.csv").open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+                csv.writer(file).writerows(rows)
+            (new / "result.json").write_text(json.dumps(result, indent=1) + "\n")
+            old = Path(temporary, "old")
+            if folder.exists():
+                folder.rename(old)
+            try:
+                new.rename(folder)
+            except BaseException:  # Ctrl-C, too: an old run is never lost
+                if old.exists():
+                    old.rename(folder)
+                raise
+    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
+        raise UserError(f"{folder} cannot be written ({error}): make room or choose another --out.") from error
+
+
+def warn_of_moved(bench, runs):
+    """A user's folder that has grown may train on what earlier runs were tested on: their numbers do not compare."""
+    tested = set()
+    for file in runs.rglob("predictions.csv") if bench.own else []:
+        with suppress(OSError, csv.Error), file.open(newline="", encoding="utf-8", errors="surrogateescape") as lines:
+            tested |= {row.get("picture") for row in csv.DictReader(lines)}
+    if moved := tested & {bench.relative(path) for path, _ in bench.train}:
+        print(f"warning: {len(moved)} training pictures were tested by earlier runs in {runs}: the folder has changed, "
+              "compare with runs that are made again (--again).")
+
+
+def make_folder(folder):
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{folder} cannot be made ({error.strerror}): choose another --out.") from error
+
+
+def load_tensors(path):
+    """A file that torch.save wrote. torch.load does not test the checksums of its archive, so that is done here."""
+    with zipfile.ZipFile(path) as archive:
+        if damaged := archive.testzip():
+            raise ValueError(f"{damaged} is damaged")
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def read_prompts(folder):
+    """prompts.pt of a finished run: the fields of Settings, classnames, class_ids, train and tensors."""
+    path = Path(folder) / "prompts.pt"
+    try:
+        saved = load_tensors(path)
+        wanted = {*Settings.__dataclass_fields__, "classnames", "class_ids", "train", "tensors"}
+        if not saved.keys() >= wanted:
+            raise KeyError("a setting is missing")
+        return saved
+    except Exception as error:  # any file can stand there
+        if getattr(error, "errno", None):  # the machine's trouble, not the file's
+            raise UserError(f"{path} cannot be read ({error.strerror}): give the folder of a finished run.") from error
+        raise UserError(f"{path} is not a prompt file of train.py ({type(error).__name__}): train again.") from error

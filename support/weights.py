@@ -1,0 +1,172 @@
+"""Every other form of CLIP weights: names, the hub, downloads, and files in the keys of open_clip or transformers.
+
+clip_min.load_clip() hands over whatever is not OpenAI's own file; benchmarks.py fetches with download(). A file is
+fetched whole or not at all, nothing in it is run, and every fault ends in one sentence that names the file.
+"""
+
+import gzip
+import json
+import re
+from pathlib import Path
+
+import torch
+
+from clip_min import ASSETS, CLIP, UserError, named_faults, read_safetensors, read_weights
+from support.downloads import download
+
+HUB = "https://huggingface.co/{}/resolve/main/{}"
+OPENAI_MODELS = {  # the repositories from which open_clip takes OpenAI's weights
+    "ViT-B/32": "timm/vit_base_patch32_clip_224.openai", "ViT-B/16": "timm/vit_base_patch16_clip_224.openai",
+    "ViT-L/14": "timm/vit_large_patch14_clip_224.openai", "ViT-L/14@336px": "timm/vit_large_patch14_clip_336.openai",
+}
+CONFIGURATIONS = {  # of the weights files that folders and repositories have: open_clip's, then transformers'
+    "open_clip_model.safetensors": "open_clip_config.json", "open_clip_pytorch_model.bin": "open_clip_config.json",
+    "model.safetensors": "config.json", "pytorch_model.bin": "config.json",
+}
+
+
+def find_weights(name):
+    """The weights file that a name, a folder or a path means. What a name means is fetched at first use."""
+    if name == "tiny":
+        return ASSETS / "tiny_clip.safetensors.gz"
+    path, cache, dashed = Path(name).expanduser(), Path.home() / ".cache" / "clip", dashes(name)
+    repository = {dashes(model): repository for model, repository in OPENAI_MODELS.items()}.get(dashed, name)
+    places = [path, cache / f"{dashed}.pt", cache / f"{dashed}.safetensors"]  # OpenAI's package uses the second
+    for place in places + [folder / file for folder in (path, cache / repository) for file in CONFIGURATIONS]:
+        if place.is_file():
+            return place
+    if path.is_dir():
+        kind = "is a diffusion pipeline" if (path / "model_index.json").exists() else "has no weights of a CLIP"
+        raise UserError(f"The folder {path} {kind}: give one with {' or '.join(CONFIGURATIONS)}.")
+    if not re.fullmatch(r"(?!ViT-)[\w-]+/[\w.-]+", repository) or path.suffix in (".pt", ".bin", ".safetensors"):
+        raise UserError(f"There is no weights file {path}: give one, or a name of tiny, {', '.join(OPENAI_MODELS)}, or "
+                        "owner/name of a CLIP on huggingface.co.")
+    for file, configuration in CONFIGURATIONS.items():
+        try:
+            for wanted in configuration, file:
+                download(HUB.format(repository, wanted), cache / repository / wanted, check=check_whole)
+            return cache / repository / file
+        except UserError as error:
+            if getattr(error.__cause__, "code", None) != 404:  # 404: the repository does not have this file
+                raise
+    raise UserError(f"{repository} on the hub has none of {', '.join(CONFIGURATIONS)}: name another.")
+
+
+def dashes(name):  # ViT-L/14@336px -> ViT-L-14-336px
+    return name.replace("/", "-").replace("@", "-")
+
+
+def check_whole(path):
+    """Raise an error unless a configuration or a weights file, under its temporary name, can be read to its end."""
+    if ".json." in path.name:
+        json.loads(path.read_bytes())
+    else:
+        read_clip(path, path.parent)
+
+
+def load(name, activation):
+    path = find_weights(name)
+    return read_clip(path, path.parent, activation)
+
+
+def read_clip(path, folder, activation=None):
+    """The CLIP of a weights file, with the configuration in folder. UserError, or MachineError, names the file."""
+    with named_faults(path):
+        configuration = read_configuration(folder)
+        if activation:
+            configuration["activation"] = activation
+        state = openai_keys(read_state(path))
+        try:
+            return CLIP.from_state_dict(state, **configuration)
+        except UserError as error:
+            for part, model in LOOKALIKES.items():
+                if any(part in key for key in state):
+                    raise UserError(f"These are the weights of {model}, and only CLIPs with a ViT are supported: use "
+                                    "ViT-B/16.") from error
+            raise
+
+
+def read_state(path):
+    """As clip_min.read_weights, and gzipped safetensors."""
+    with open(path, "rb") as file:
+        if file.read(2) != b"\x1f\x8b":
+            return read_weights(path)
+    with gzip.open(path) as file:
+        return read_safetensors(file)
+
+
+def read_configuration(folder):
+    """-> activation, vision_heads, text_heads, as open_clip or transformers states them in the folder, or {}."""
+    for path in folder / "open_clip_config.json", folder / "config.json":
+        try:
+            config = json.loads(path.read_bytes()) if path.is_file() else {}
+            if "model_cfg" in config:  # open_clip, with its default values
+                quick = config["model_cfg"].get("quick_gelu", folder.name.lower().endswith(("-quickgelu", ".openai")))
+                vision, text = config["model_cfg"]["vision_cfg"], config["model_cfg"]["text_cfg"]
+                vision_heads = vision.get("width", 768) // vision.get("head_width", 64)
+                return dict(activation="quickgelu" if quick else "gelu", vision_heads=vision_heads,
+                            text_heads=text.get("heads", 8))
+            if config.get("model_type") == "clip":  # transformers, with its default values
+                vision, text = config["vision_config"], config["text_config"]
+                activation = vision.get("hidden_act", "quick_gelu").replace("_", "")
+                return dict(activation=activation, vision_heads=vision.get("num_attention_heads", 12),
+                            text_heads=text.get("num_attention_heads", 8))
+        except (AttributeError, LookupError, TypeError, ValueError) as error:
+            raise UserError(f"{path} is not the configuration of a CLIP ({error}), mend or remove it.") from error
+    return {}
+
+
+LOOKALIKES = {  # what the keys of other models contain
+    "visual.layer1.": "a ResNet CLIP", "visual.trunk.": "a SigLIP or another CLIP with an image tower of timm's",
+    "vision_model.head.": "a SigLIP", "diffusion_model.": "a diffusion model", "down_blocks.": "a diffusion model",
+}
+TRANSFORMERS_NAMES = {  # parts of the keys in transformers -> OpenAI's
+    "text_model.embeddings.token_embedding": "token_embedding",
+    "text_model.embeddings.position_embedding.weight": "positional_embedding",
+    "text_model.encoder.layers": "transformer.resblocks",
+    "text_model.final_layer_norm": "ln_final",
+    "text_projection.weight": "text_projection",
+    "vision_model.embeddings.class_embedding": "visual.class_embedding",
+    "vision_model.embeddings.patch_embedding": "visual.conv1",
+    "vision_model.embeddings.position_embedding.weight": "visual.positional_embedding",
+    "vision_model.encoder.layers": "visual.transformer.resblocks",
+    "vision_model.pre_layrnorm": "visual.ln_pre",  # spelled so
+    "vision_model.post_layernorm": "visual.ln_post",
+    "visual_projection.weight": "visual.proj",
+    "self_attn.out_proj": "attn.out_proj", "layer_norm1": "ln_1", "layer_norm2": "ln_2",
+    "mlp.fc1": "mlp.c_fc", "mlp.fc2": "mlp.c_proj",
+}
+
+
+def openai_keys(state):
+    """Any form of state dict or training checkpoint -> OpenAI's keys; what is not known keeps its key."""
+    for wrapper in "state_dict", "model":  # the weights in a checkpoint of open_clip, Lightning or others
+        if isinstance(state.get(wrapper), dict):
+            state = state[wrapper]
+    common = next((key for key in state if key.endswith("logit_scale")), "").removesuffix("logit_scale")  # "module."
+    state = {key.removeprefix(common): tensor for key, tensor in state.items()}
+    if "text.token_embedding.weight" in state:  # open_clip's CustomTextCLIP
+        state = {key.removeprefix("text."): tensor for key, tensor in state.items()}
+    if "text_model.embeddings.token_embedding.weight" in state:
+        state = from_transformers(state)
+    if "logit_bias" in state and state["logit_bias"] == 0:  # open_clip writes one that changes nothing
+        del state["logit_bias"]
+    if "logit_scale" in state:
+        state["logit_scale"] = state["logit_scale"].reshape(())  # some write (1,)
+    return state
+
+
+def from_transformers(state):
+    """Rename, join the projections of queries, keys and values, and transpose the two into the joint space."""
+    renamed = {}
+    for key, tensor in state.items():
+        for theirs, openais in TRANSFORMERS_NAMES.items():
+            key = key.replace(theirs, openais)
+        if not key.endswith("position_ids"):  # 0, 1, 2, ..
+            renamed[key] = tensor
+    for key in [key for key in renamed if ".self_attn.q_proj." in key]:
+        parts = [renamed.pop(key.replace("q_proj", part)) for part in ("q_proj", "k_proj", "v_proj")]
+        renamed[key.replace("self_attn.q_proj.", "attn.in_proj_")] = torch.cat(parts)
+    for key in {"visual.proj", "text_projection"} & renamed.keys():
+        renamed[key] = renamed[key].T.contiguous()
+    return renamed
