@@ -54,12 +54,12 @@ def full_precision(device):
     return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
 
 
-def whole_batch(count):
-    """A sum over this process's pictures -> over the batch: under torchrun the processes share its pictures."""
+def sum_over_processes(x):
+    """A sum over this process's pictures -> the sum over the batch, whose pictures the processes of torchrun share."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
-        count = count.clone()
-        torch.distributed.all_reduce(count)
-    return count
+        x = x.clone()
+        torch.distributed.all_reduce(x)
+    return x
 
 
 def preprocess(resolution):
@@ -143,14 +143,18 @@ def tokenize(texts, context_length=77):
 
 # ------------------------------------------------------------------------------------------------------------- towers
 
-
-ACTIVATIONS = {"quickgelu": lambda x: x * torch.sigmoid(1.702 * x), "gelu": F.gelu}  # OpenAI's and most others'
+ACTIVATIONS = {  # OpenAI's x sigmoid(1.702 x), in the form that keeps least for the backward pass; most others'
+    "quickgelu": lambda x: F.silu(1.702 * x) / 1.702, "gelu": F.gelu,
+}
 
 MANY_TEXTS = 500  # from here on TextBlock saves memory at the cost of a little time
 
 
 class Attention(nn.Module):
-    """Multi-head attention under OpenAI's key names, cut in two: projections, then attention over given keys."""
+    """Multi-head attention under OpenAI's key names, cut in two: projections, then attention over given keys.
+
+    Queries, keys and values have the shape (.., T, 3, H, d) behind their common product: T tokens, H heads, d = D / H.
+    """
 
     def __init__(self, width, heads=None):
         super().__init__()
@@ -159,100 +163,154 @@ class Attention(nn.Module):
         self.in_proj_bias = nn.Parameter(torch.empty(3 * width))
         self.out_proj = nn.Linear(width, width)
 
-    def split_heads(self, x):  # (..., N, D) -> (..., H, N, D/H)
-        return x.unflatten(-1, (self.heads, -1)).transpose(-3, -2)
+    def query_key_value(self, x):
+        """(.., D) -> (.., 3, H, d)."""
+        return F.linear(x, self.in_proj_weight, self.in_proj_bias).unflatten(-1, (3, self.heads, -1))
 
     def query(self, x):
+        """(.., D) -> (.., 1, H, d)."""
         d = x.shape[-1]
-        return self.split_heads(F.linear(x, self.in_proj_weight[:d], self.in_proj_bias[:d]))
+        return F.linear(x, self.in_proj_weight[:d], self.in_proj_bias[:d]).unflatten(-1, (1, self.heads, -1))
 
     def key_value(self, x):
+        """(.., D) -> (.., 2, H, d)."""
         d = x.shape[-1]
-        k, v = F.linear(x, self.in_proj_weight[d:], self.in_proj_bias[d:]).chunk(2, dim=-1)
-        return self.split_heads(k), self.split_heads(v)
+        return F.linear(x, self.in_proj_weight[d:], self.in_proj_bias[d:]).unflatten(-1, (2, self.heads, -1))
 
-    def forward(self, q, k, v, mask=None):  # mask: True where a query may look
-        x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-        return self.out_proj(x.transpose(1, 2).flatten(2))
+
+def attend(q, kv, mask=None, causal=False):
+    """q (B, T, 1, H, d), kv (B, U, 2, H, d) -> (B, T, D): T tokens look at U tokens. out_proj comes next.
+
+    mask is added to the scores: 0 where a query may look, minus infinity elsewhere. With causal, T tokens look at
+    themselves and at what is in front of them.
+    """
+    q, k, v = q.squeeze(2).transpose(1, 2), *kv.transpose(1, 3).unbind(2)  # (B, H, T, d), (B, H, U, d) twice
+    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal).transpose(1, 2).flatten(2)
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block of the image tower: (B, N, D) -> (B, N, D), or (B, 1, D) if it is the last."""
+    """Pre-norm transformer block of the image tower: x (B, T, D) -> (B, T, D)."""
 
-    def __init__(self, width, is_last, heads=None, activation="quickgelu"):
+    def __init__(self, width, heads=None, activation="quickgelu"):
         super().__init__()
-        self.is_last, self.activation = is_last, ACTIVATIONS[activation]
+        self.activation = ACTIVATIONS[activation]
         self.attn = Attention(width, heads)
         self.ln_1, self.ln_2 = nn.LayerNorm(width), nn.LayerNorm(width)
         self.mlp = nn.ModuleDict({"c_fc": nn.Linear(width, 4 * width), "c_proj": nn.Linear(4 * width, width)})
 
-    def forward(self, x, prompts=None, mask=None, all_tokens=False):
+    def forward(self, x, prompts=None):
         """prompts (P, D) or (B, P, D) are tokens beside those of x whose outputs nobody reads.
 
         So they are keys and values only: no query, no output projection, no MLP. Prompts (P, D) are the same for every
         picture, and their LayerNorm, keys and values are computed once. Outputs and gradients are those of
-        block(cat([x, prompts]))[:, :N].
-
-        mask (B, N+P) tells which tokens are looked at, None: all. With all_tokens, the last block returns every token.
+        block(cat([x, prompts]))[:, :T].
         """
-        h = self.ln_1(x)
-        k, v = self.keys_and_values(h, prompts)
-        if self.is_last and not all_tokens:  # only the class token is read after the last block
-            x, h = x[:, :1], h[:, :1]
-        mask = None if mask is None else mask[:, None, None]  # (B, 1, 1, N+P): the same for every head and query
-        return self.add_attention_and_mlp(x, self.attn(self.attn.query(h), k, v, mask))
+        q, kv = self.attn.query_key_value(self.ln_1(x)).split([1, 2], dim=2)
+        return self.add_attention_and_mlp(x, attend(q, self.with_prompts(kv, prompts)))
 
-    def keys_and_values(self, h, prompts):  # -> two (B, H, N+P, D/H)
-        k, v = self.attn.key_value(h)
+    def with_prompts(self, kv, prompts):
+        """Keys and values (B, T, 2, H, d) -> (B, T+P, 2, H, d)."""
         if prompts is None:
-            return k, v
-        prompt_k, prompt_v = self.attn.key_value(self.ln_1(prompts))  # (H, P, D/H), or (B, H, P, D/H)
-        per_picture = len(k), -1, -1, -1
-        return torch.cat([k, prompt_k.expand(per_picture)], dim=2), torch.cat([v, prompt_v.expand(per_picture)], dim=2)
+            return kv
+        of_prompts = self.attn.key_value(self.ln_1(prompts))  # (P, 2, H, d), or (B, P, 2, H, d)
+        return torch.cat([kv, of_prompts.expand(len(kv), -1, -1, -1, -1)], dim=1)
 
     def add_attention_and_mlp(self, x, attended):
-        x = x + attended
+        x = x + self.attn.out_proj(attended)
         return x + self.mlp["c_proj"](self.activation(self.mlp["c_fc"](self.ln_2(x))))
 
     def attention_weights(self, x, prompts=None):
-        """The weights that forward(x, prompts) uses, for rollout and maps: -> (B, H, N, N+P), rows sum to 1."""
+        """The weights that forward(x, prompts) uses, for rollout and maps: -> (B, H, T, T+P), rows sum to 1."""
+        q, kv = self.attn.query_key_value(self.ln_1(x)).split([1, 2], dim=2)
+        k = self.with_prompts(kv, prompts)[:, :, 0]  # (B, T+P, H, d)
+        return (q.squeeze(2).transpose(1, 2) @ k.permute(0, 2, 3, 1) / math.sqrt(q.shape[-1])).softmax(dim=-1)
+
+
+class LastBlock(Block):
+    """The image tower's last block: x (B, T, D) -> (B, 1, D), the class token alone, since nobody reads the others."""
+
+    def forward(self, x, prompts=None, mask=None):
+        """prompts as in Block; mask (B, T+P) is True for the tokens that the class token looks at, None: at all."""
         h = self.ln_1(x)
-        q, (k, _) = self.attn.query(h), self.keys_and_values(h, prompts)
-        return (q @ k.mT / math.sqrt(q.shape[-1])).softmax(dim=-1)
+        kv = self.with_prompts(self.attn.key_value(h), prompts)
+        mask = None if mask is None else mask[:, None, None]  # (B, 1, 1, T+P): the same for every head
+        return self.add_attention_and_mlp(x[:, :1], attend(self.attn.query(h[:, :1]), kv, mask))
+
+    def all_tokens(self, x):
+        """(B, T, D) -> (B, T, D), for those who do read the others."""
+        return super().forward(x)
+
+
+class Layout(nn.Module):
+    """How K prompts lie in one stream of tokens, x (C + K*S, D), and which of them each token looks at.
+
+    First come the C tokens that all prompts begin with, once, then the S further tokens of each prompt. A token sees
+    what stands in front of it in its prompt. So the common tokens never see what differs, and are the same for all.
+    """
+
+    def __init__(self, eot, n_common, n_own, like):
+        """eot (K,): the place of the end-of-text token in each prompt. like: a tensor with x's device and dtype."""
+        super().__init__()
+        self.n_common, self.n_prompts, length = n_common, len(eot), n_common + n_own
+        causal = like.new_full((length, length), -math.inf).triu(1)  # added to the scores, as attention takes it
+        self.mask = nn.Buffer(causal[n_common:], persistent=False)  # (S, C+S)
+        self.eot_mask = nn.Buffer(causal[eot, None, None], persistent=False)  # (K, 1, 1, C+S)
+        first = n_common + n_own * torch.arange(len(eot), device=eot.device)  # in x, the first of a prompt's own tokens
+        self.eot = nn.Buffer(first + eot - n_common, persistent=False)  # (K,), rows of x
+
+    def join(self, x):
+        """Prompts (K, >=C+S, ..) -> one stream (C + K*S, ..)."""
+        c = self.n_common
+        return torch.cat([x[0, :c], x[:, c : c + self.mask.shape[0]].flatten(0, 1)])
+
+    def split(self, x):
+        """(C + K*S, ..) -> what belongs to the common tokens (C, ..), and to each prompt's own (K, S, ..)."""
+        common, own = x.split([self.n_common, len(x) - self.n_common])
+        return common, own.unflatten(0, (self.n_prompts, -1))
+
+    def attend(self, qkv):
+        """qkv (C + K*S, 3, H, d) -> (C + K*S, D): every token looks at those in front of it in its prompt."""
+        common, own = self.split(qkv)  # (C, 3, H, d), (K, S, 3, H, d)
+        q_common, kv_common = common.split([1, 2], dim=1)
+        q_own, kv_own = own.split([1, 2], dim=2)
+        of_common = attend(q_common.unsqueeze(0), kv_common.unsqueeze(0), causal=True)
+        of_own = attend_behind(kv_common, q_own, kv_own, self.mask)
+        return torch.cat([of_common.flatten(0, 1), of_own.flatten(0, 1)])
+
+
+def attend_behind(common, q, own, mask):
+    """q (K, T, H, d) of T tokens of each prompt, keys and values common (C, 2, H, d) and own (K, S, 2, H, d), mask
+    (.., T, C+S) -> (K, T, D)."""
+    def join_and_attend(common, q, own):
+        return attend(q, torch.cat([common.expand(len(own), -1, -1, -1, -1), own], dim=1), mask)
+
+    if len(own) > MANY_TEXTS:
+        # Autograd would keep the joined keys and values, which repeat what is common for every text: a quarter of the
+        # memory. The backward pass makes them anew, with the same numbers.
+        return checkpoint(join_and_attend, common, q, own, use_reentrant=False, preserve_rng_state=False)
+    return join_and_attend(common, q, own)
 
 
 class TextBlock(Block):
-    """Causal block on prompts that begin alike: shared (1, P, D) and each text's own tokens (K, S, D) -> the same.
+    """Block of the text tower: x (C + K*S, D) -> the same.
 
-    `eot` (K,) is the place of the end-of-text token in `own`; the last block returns only that token, own (K, 1, D).
+    LayerNorm, projections and MLP work token by token and do not ask whose a token is: all go through them in one
+    product. Only attention looks at the layout.
     """
 
-    def forward(self, shared, own, eot):
-        h_shared, h_own = self.ln_1(shared), self.ln_1(own)
-        k_shared, v_shared = self.attn.key_value(h_shared)  # (1, H, P, 64)
-        k_own, v_own = self.attn.key_value(h_own)  # (K, H, S, 64)
-        p, s = shared.shape[1], own.shape[1]
-        causal = torch.ones(p + s, p + s, dtype=torch.bool, device=own.device).tril()
-        if self.is_last:
-            rows = torch.arange(len(own), device=own.device)
-            own, h_own = own[rows, eot].unsqueeze(1), h_own[rows, eot].unsqueeze(1)  # (K, 1, D)
-            mask = causal[p + eot, None, None]  # (K, 1, 1, P+S)
-        else:
-            mask = causal[p:]
-            attended = self.attn(self.attn.query(h_shared), k_shared, v_shared, causal[:p, :p])
-            shared = self.add_attention_and_mlp(shared, attended)
+    def forward(self, x, layout):
+        return self.add_attention_and_mlp(x, layout.attend(self.attn.query_key_value(self.ln_1(x))))
 
-        def attend(q, k_shared, v_shared, k_own, v_own):
-            k = torch.cat([k_shared.expand(len(k_own), -1, -1, -1), k_own], dim=2)  # (K, H, P+S, 64)
-            v = torch.cat([v_shared.expand(len(v_own), -1, -1, -1), v_own], dim=2)
-            return self.attn(q, k, v, mask)
 
-        if len(own) > MANY_TEXTS:
-            # Autograd would keep k and v, which repeat what is shared for every text: a quarter of the memory. The
-            # backward pass makes them anew, with the same numbers.
-            attend = functools.partial(checkpoint, attend, use_reentrant=False, preserve_rng_state=False)
-        attended = attend(self.attn.query(h_own), k_shared, v_shared, k_own, v_own)
-        return shared, self.add_attention_and_mlp(own, attended)
+class LastTextBlock(Block):
+    """The text tower's last block: x (C + K*S, D) -> (K, D), the end-of-text tokens alone."""
+
+    def forward(self, x, layout):
+        h = self.ln_1(x)
+        q = self.attn.query(h[layout.eot]).unsqueeze(1)  # (K, 1, 1, H, d)
+        common, own = layout.split(self.attn.key_value(h))
+        attended = attend_behind(common, q, own, layout.eot_mask)
+        return self.add_attention_and_mlp(x[layout.eot], attended.squeeze(1))
 
 
 class VisionTransformer(nn.Module):
@@ -265,7 +323,8 @@ class VisionTransformer(nn.Module):
         self.class_embedding = nn.Parameter(torch.empty(width))
         self.positional_embedding = nn.Parameter(torch.empty(1 + (resolution // patch) ** 2, width))
         self.ln_pre, self.ln_post = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.blocks = nn.ModuleList(Block(width, i == layers - 1, heads, activation) for i in range(layers))
+        blocks = [Block(width, heads, activation) for _ in range(layers - 1)]
+        self.blocks = nn.ModuleList([*blocks, LastBlock(width, heads, activation)])
         self.proj = nn.Parameter(torch.empty(width, joint))
 
     def embed(self, images):
@@ -286,33 +345,40 @@ class VisionTransformer(nn.Module):
 
 
 class TextTransformer(nn.Module):
-    """Text tower. `shared, own, eot = embed(tokens)`, `shared, own = block(shared, own, eot)`, then `project(own)`."""
+    """Text tower. `x, layout = embed(tokens)`, then `x = block(x, layout)` for every block, then `project(x)`."""
 
     def __init__(self, context_length, vocab_size, width, layers, joint, heads=None, activation="quickgelu"):
         super().__init__()
         self.token_embedding = nn.Embedding(vocab_size, width)
         self.positional_embedding = nn.Parameter(torch.empty(context_length, width))
-        self.blocks = nn.ModuleList(TextBlock(width, i == layers - 1, heads, activation) for i in range(layers))
+        blocks = [TextBlock(width, heads, activation) for _ in range(layers - 1)]
+        self.blocks = nn.ModuleList([*blocks, LastTextBlock(width, heads, activation)])
         self.ln_final = nn.LayerNorm(width)
         self.text_projection = nn.Parameter(torch.empty(width, joint))
 
-    def embed(self, tokens):
-        """(K, 77) -> shared (1, P, D), own (K, S, D), eot (K,). P: the longest common beginning without an end mark."""
+    def embed(self, tokens, n_common=None):
+        """(K, 77) -> x (C + K*S, D) and its Layout. C is the longest common beginning without an end mark, or n_common.
+
+        Nothing behind the last end mark is kept, since no token looks back at it.
+        """
         eot = tokens.argmax(dim=-1)
-        alike = (tokens == tokens[:1]).all(dim=0).long().cumprod(dim=0).sum()
-        p, end = min(int(alike), int(eot.min())), int(eot.max()) + 1
-        x = self.token_embedding(tokens[:, :end]) + self.positional_embedding[:end]
-        return x[:1, :p], x[:, p:], eot - p
+        if n_common is None:
+            alike = (tokens == tokens[:1]).all(dim=0).long().cumprod(dim=0).sum()
+            n_common = min(int(alike), int(eot.min()))
+        length = int(eot.max()) + 1
+        x = self.token_embedding(tokens[:, :length]) + self.positional_embedding[:length]  # (K, C+S, D)
+        layout = Layout(eot, n_common, length - n_common, x)
+        return layout.join(x), layout
 
-    def project(self, own):
-        """(K, 1, D), the end-of-text tokens that the last block returns -> (K, E)."""
-        return self.ln_final(own[:, 0]) @ self.text_projection
+    def project(self, x):
+        """(K, D), the end-of-text tokens that the last block returns -> (K, E)."""
+        return self.ln_final(x) @ self.text_projection
 
-    def forward(self, shared, own, eot):
+    def forward(self, x, layout):
         """All blocks on embedded prompts -> (K, E)."""
         for block in self.blocks:
-            shared, own = block(shared, own, eot)
-        return self.project(own)
+            x = block(x, layout)
+        return self.project(x)
 
 
 class CLIP(nn.Module):
@@ -336,9 +402,9 @@ class CLIP(nn.Module):
         return tokenize(texts, len(self.text.positional_embedding)).to(self.logit_scale.device)
 
     def embed_prompts(self, classnames, n_ctx):
-        """Prompts "X .. X name." with n_ctx places for learned vectors -> shared, own, eot as TextTransformer.embed's.
+        """Prompts "X .. X name." of K classes -> x (C + K*S, D) and its Layout, see TextTransformer.embed.
 
-        The places are 1 .. n_ctx of `shared`, behind the start token.
+        The rows 1 .. n_ctx of x, behind the start token, are places for learned vectors.
         """
         places = " ".join(["X"] * n_ctx)
         return self.text.embed(self.tokenize([f"{places} {name}." for name in classnames]))
@@ -418,7 +484,7 @@ class Method(nn.Module):
     frozen; only tensors of the method's own require grad.
     """
 
-    recipe = {}  # the paper's settings for training, see train.resolve_recipe; empty: there is nothing to train
+    recipe = {}  # the paper's settings for training, see support/settings.py; empty: there is nothing to train
 
     def __init__(self, clip, classnames, templates=("a photo of a {}.",)):
         """classnames: K names; templates: hand-written prompts, each with one {} for the name."""
@@ -432,11 +498,20 @@ class Method(nn.Module):
         return cls.__init__.__kwdefaults__ or {}
 
     def set_classes(self, classnames):
-        """Compute what depends on the class names alone: classnames; prompt_texts, a sentence per class for people to
-        read; and zero_shot (K, E), CLIP's classifier of the templates. __init__ and for_classes call it."""
+        """Take over class names, and compute zero_shot (K, E), CLIP's classifier of the templates."""
         self.classnames = [name.replace("_", " ") for name in classnames]
-        self.prompt_texts = [self.templates[0].format(name) for name in self.classnames]
         self.zero_shot = nn.Buffer(self.clip.classifier(self.classnames, self.templates), persistent=False)
+
+    def embed_prompts(self):
+        """Compute what else depends on the class names, such as prompts with places for learned vectors.
+
+        A method that overrides this calls it at the end of its __init__; for_classes calls it for other names.
+        """
+
+    @property
+    def prompt_texts(self):
+        """A sentence per class for people to read."""
+        return [self.templates[0].format(name) for name in self.classnames]
 
     def encode_text(self):
         """-> (K, E), the classifier. It does not depend on the image, so an evaluation computes it once."""
@@ -496,6 +571,7 @@ class Method(nn.Module):
         """
         other = copy.deepcopy(self, {id(self.clip): self.clip})
         other.set_classes(classnames)
+        other.embed_prompts()
         return other
 
     @torch.no_grad()
@@ -504,15 +580,18 @@ class Method(nn.Module):
 
         Here: the class token's attention to the patches in the last block, the mean of the heads.
         """
+        n = len(self.clip.visual.positional_embedding)  # class token and patches
+        return {"attention": self.attention_weights(images)[:, :, 0, 1:n].mean(dim=1)}
+
+    def attention_weights(self, images):
+        """-> (B, H, T, T+P), those of the last block: from class token, patches and tokens that travel on, to them and P prompts."""
         inputs, last_block = [], self.clip.visual.blocks[-1]
         hook = last_block.register_forward_pre_hook(lambda block, args: inputs.append(args))
         try:
             self.encode_image(images, self.encode_text())
         finally:
             hook.remove()
-        weights = last_block.attention_weights(*inputs[-1])  # the last call's: DPT runs the tower without prompts first
-        n = len(self.clip.visual.positional_embedding)  # class token and patches
-        return {"attention": weights[:, :, 0, 1:n].mean(dim=1)}
+        return last_block.attention_weights(*inputs[-1])  # the last call's: DPT runs the tower without prompts first
 
 
 # ------------------------------------------------------------------------------------------------------------ weights

@@ -7,16 +7,16 @@ Zhou, Yang, Loy, Liu: Learning to Prompt for Vision-Language Models, IJCV 2022, 
     p(y = i | x) = softmax_i( cos(g(t_i), f(x)) / tau )                   trained with cross-entropy  Eq. 3
 
     v_1 .. v_M   ctx  (M, D), or (K, M, D) when every class has its own      learned
-    CLASS_i      the word embeddings of the class name, in `suffix`          frozen
+    CLASS_i      the word embeddings of the class name, in Prompts           frozen
     g  clip.text      f  clip.visual      1 / tau  clip.logit_scale.exp()    frozen
 
-All classes share the start token and the context in front of the name, so those are encoded once: see TextBlock in
-clip_min.py. What the paper leaves open is settled as in its code: random contexts are drawn from a normal distribution
-with standard deviation 0.02, and weight decay applies to them. Official code: github.com/KaiyangZhou/CoOp,
-trainers/coop.py.
+What all prompts begin with, the start token and the context in front of the name, is encoded once for all classes: see
+Layout in clip_min.py. What the paper leaves open is settled as in its code: random contexts are drawn from a normal
+distribution with standard deviation 0.02, and weight decay applies to them. Official code:
+github.com/KaiyangZhou/CoOp, trainers/coop.py.
 
 To use it elsewhere, copy this file, clip_min.py and assets/bpe_merges.txt.gz.
-B images, K classes, M = n_ctx, L tokens of the longest prompt, D text width, E joint width.
+K classes, M = n_ctx, D text width, E joint width; C common tokens and S further ones of each class, as in clip_min.py.
 """
 
 import torch
@@ -45,42 +45,38 @@ class CoOp(Method):
             raise UserError(f"n_ctx is {n_ctx}: it must be 0 or more.")
         if class_token_position not in ("end", "middle", "front"):
             raise UserError(f"class_token_position is {class_token_position}: choose end, middle or front.")
-        ctx_init = ctx_init.replace("_", " ")
-        self.n_ctx = len(encode(ctx_init)) if ctx_init else n_ctx
-        self.ctx_init, self.class_token_position, self.csc = ctx_init, class_token_position, csc
-        super().__init__(clip, classnames, templates)  # calls set_classes, which reads the options above
-        if ctx_init:
-            words = clip.tokenize(ctx_init)[0, 1 : 1 + self.n_ctx]
-            ctx = clip.text.token_embedding(words)  # (M, D)
-            ctx = ctx.expand(len(classnames), -1, -1) if csc else ctx
-        else:
-            size = (len(classnames), self.n_ctx) if csc else (self.n_ctx,)
-            ctx = self.zero_shot.new_empty(*size, clip.text.token_embedding.embedding_dim).normal_(std=0.02)
-        self.ctx = nn.Parameter(ctx.clone())
+        super().__init__(clip, classnames, templates)
+        words = encode(ctx_init.replace("_", " "))
+        self.ctx_init, self.csc, self.n_ctx = "", csc, len(words) or n_ctx
+        # How many vectors of the context stand in front of the class name.
+        self.n_front = {"end": self.n_ctx, "middle": self.n_ctx // 2, "front": 0}[class_token_position]
+        shape = self.n_ctx, clip.text.token_embedding.embedding_dim
+        shape = (len(classnames), *shape) if csc else shape
+        self.ctx = nn.Parameter(self.zero_shot.new_empty(shape).normal_(std=0.02))
+        self.start_from(ctx_init)
+        self.embed_prompts()
 
-    def set_classes(self, classnames):
-        """Compute the embeddings of "X .. X CLASS." for every class, and in which order its prompt reads them."""
-        super().set_classes(classnames)
-        context_words = self.ctx_init or " ".join(["X"] * self.n_ctx)
-        self.prompt_texts = [f"{self.ctx_init or f'[{self.n_ctx} vectors]'} {name}." for name in self.classnames]
-        tokens = self.clip.tokenize([f"{context_words} {name}." for name in self.classnames])
-        eot = tokens.argmax(dim=-1)
-        length = int(eot.max()) + 1  # nothing behind the end mark is ever read
-        words = self.clip.text.token_embedding(tokens[:, :length])  # (K, L, D): SOS, context, name, ".", EOT
+    def start_from(self, ctx_init):
+        """Let the context end with these words, if there are any, and put zeros in front of them."""
+        self.ctx_init = ctx_init.replace("_", " ")
+        words = encode(self.ctx_init)
+        if len(words) > self.n_ctx:
+            raise UserError(f"n_ctx is {self.n_ctx}: the {len(words)} tokens of ctx_init must fit.")
+        if words:
+            self.ctx.data.zero_()
+            self.ctx.data[..., -len(words) :, :] = self.clip.text.token_embedding.weight[words]
 
-        # How many vectors of the context stand in front of the name.
-        n_front = {"end": self.n_ctx, "middle": self.n_ctx // 2, "front": 0}[self.class_token_position]
-        start, context = [0], list(range(1, 1 + self.n_ctx))
-        order = []
-        for name in self.classnames:
-            end_of_name = 1 + self.n_ctx + len(encode(name))
-            name_places, rest = range(1 + self.n_ctx, end_of_name), range(end_of_name, length)
-            order.append([*start, *context[:n_front], *name_places, *context[n_front:], *rest])
-        self.n_shared = 1 if self.csc else 1 + n_front  # the tokens that all prompts begin with
-        self.order = nn.Buffer(torch.tensor(order, device=tokens.device), persistent=False)  # (K, L)
-        self.sos = nn.Buffer(words[:, :1], persistent=False)  # (K, 1, D)
-        self.suffix = nn.Buffer(words[:, 1 + self.n_ctx :], persistent=False)  # (K, L-1-M, D)
-        self.eot = nn.Buffer(eot - self.n_shared, persistent=False)  # (K,), counted behind the shared tokens
+    def embed_prompts(self):
+        """See Method."""
+        self.prompts = Prompts(self.clip, self.classnames, self.n_ctx, self.n_front, self.csc)
+
+    @property
+    def prompt_texts(self):
+        """See Method. The context is shown by the words it began with, or by the number of its vectors."""
+        front, behind = (f"[{n} vectors]" if n else "" for n in (self.n_front, self.n_ctx - self.n_front))
+        if self.ctx_init and not behind:
+            front = self.ctx_init
+        return [f"{front} {name} {behind}".strip() + "." for name in self.classnames]
 
     def contexts(self):
         """-> (M, D), or (K, M, D) with csc."""
@@ -88,10 +84,11 @@ class CoOp(Method):
 
     def encode_text(self):
         """-> (K, E), not normalised."""
-        ctx = self.ctx.expand(len(self.sos), -1, -1)  # (K, M, D)
-        x = torch.cat([self.sos, ctx, self.suffix], dim=1).take_along_dim(self.order.unsqueeze(-1), dim=1)  # Eq. 2, 4
-        x = x + self.clip.text.positional_embedding[: x.shape[1]]  # (K, L, D)
-        return self.clip.text(x[:1, : self.n_shared], x[:, self.n_shared :], self.eot)
+        return self.encode_context(self.ctx)
+
+    def encode_context(self, ctx):
+        """A context (M, D), or (K, M, D) with csc -> the classifier (K, E), not normalised."""
+        return self.clip.text(self.prompts(ctx), self.prompts.layout)
 
     def for_classes(self, classnames, columns=None):
         """See Method. Class-specific contexts belong to the training classes: `columns` tells which ones to keep."""
@@ -102,3 +99,35 @@ class CoOp(Method):
         if self.csc:
             other.ctx = nn.Parameter(self.ctx[columns].detach())
         return other
+
+
+class Prompts(nn.Module):
+    """The prompts of all classes in one stream, with places for a context of `n_ctx` vectors (see Layout in clip_min.py).
+
+    `n_front` of the vectors stand in front of the class name, the others behind it.
+    """
+
+    def __init__(self, clip, classnames, n_ctx, n_front, csc=False):
+        super().__init__()
+        self.n_behind = n_ctx - n_front
+        tokens = clip.tokenize([f"{' '.join(['X'] * n_ctx)} {name}." for name in classnames])  # (K, 77)
+        context, order = list(range(1, 1 + n_ctx)), []  # where these prompts have an X
+        for name in classnames:
+            end = 1 + n_ctx + len(encode(name))
+            name, rest = range(1 + n_ctx, end), range(end, tokens.shape[1])
+            order.append([0, *context[:n_front], *name, *context[n_front:], *rest])  # Eq. 2, 4
+        order = tokens.new_tensor(order)
+        x, self.layout = clip.text.embed(tokens.gather(1, order), n_common=1 if csc else 1 + n_front)
+        order = self.layout.join(order)  # (C + K*S,)
+        places = ((order >= 1) & (order <= n_ctx)).nonzero().squeeze(1)  # rows of x that a vector takes
+        positions = self.layout.join(clip.text.positional_embedding.expand(len(tokens), -1, -1))[places]
+        self.x, self.places, self.positions = (nn.Buffer(t, persistent=False) for t in (x, places, positions))
+
+    def forward(self, ctx):
+        """ctx (M, D), or (K, M, D) with csc -> the prompts with their context (C + K*S, D)."""
+        if ctx.dim() == 2:  # the vectors in front of the names are common to all classes, the others stand in each
+            in_front, behind = ctx.split([len(ctx) - self.n_behind, self.n_behind])
+            vectors = torch.cat([in_front, behind.repeat(self.layout.n_prompts, 1)])
+        else:
+            vectors = ctx.flatten(0, 1)
+        return self.x.index_copy(0, self.places, vectors + self.positions)

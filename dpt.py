@@ -40,7 +40,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from clip_min import Method, UserError, whole_batch
+from clip_min import Method, UserError, sum_over_processes
 
 
 class VLP(Method):
@@ -62,18 +62,23 @@ class VLP(Method):
                  beta=0.1):
         if min(n_ctx, n_visual) < 0:
             raise UserError(f"n_ctx is {n_ctx} and n_visual {n_visual}: they must be 0 or more.")
+        super().__init__(clip, classnames, templates)
         self.n_ctx, self.guide_epochs, self.beta = n_ctx, guide_epochs, beta
-        super().__init__(clip, classnames, templates)  # calls set_classes, which reads n_ctx
         layers, width = len(clip.visual.blocks), len(clip.visual.class_embedding)
-        self.ctx = nn.Parameter(self.shared.new_empty(n_ctx, self.shared.shape[-1]).normal_(std=0.02))
-        self.visual_prompts = nn.Parameter(self.shared.new_empty(layers, n_visual, width).normal_(std=0.02))
+        text_width = clip.text.token_embedding.embedding_dim
+        self.ctx = nn.Parameter(self.zero_shot.new_empty(n_ctx, text_width).normal_(std=0.02))
+        self.visual_prompts = nn.Parameter(self.zero_shot.new_empty(layers, n_visual, width).normal_(std=0.02))
+        self.embed_prompts()
 
-    def set_classes(self, classnames):
-        """Embed the prompts "X .. X CLASS.": shared (1, >=1+M, Dt), own (K, S, Dt), eot (K,)."""
-        super().set_classes(classnames)
-        self.prompt_texts = [f"[{self.n_ctx} vectors] {name}." for name in self.classnames]
-        shared, own, eot = self.clip.embed_prompts(self.classnames, self.n_ctx)
-        self.shared, self.own, self.eot = (nn.Buffer(x, persistent=False) for x in (shared, own, eot))
+    def embed_prompts(self):
+        """Embed the prompts "X .. X CLASS." of all classes: (C + K*S, Dt) and their Layout."""
+        prompts, self.layout = self.clip.embed_prompts(self.classnames, self.n_ctx)
+        self.prompts = nn.Buffer(prompts, persistent=False)
+
+    @property
+    def prompt_texts(self):
+        """See Method."""
+        return [f"[{self.n_ctx} vectors] {name}." for name in self.classnames]
 
     def contexts(self):
         """-> (M, Dt)."""
@@ -81,9 +86,9 @@ class VLP(Method):
 
     def encode_text(self):
         """-> W (K, E), not normalised."""
-        m, text = self.n_ctx, self.clip.text  # the context stands behind the start token
-        ctx = (self.ctx + text.positional_embedding[1 : 1 + m]).unsqueeze(0)
-        return text(torch.cat([self.shared[:, :1], ctx, self.shared[:, 1 + m :]], dim=1), self.own, self.eot)
+        m, text = self.n_ctx, self.clip.text
+        ctx = self.ctx + text.positional_embedding[1 : 1 + m]  # (M, Dt), behind the start token
+        return text(torch.cat([self.prompts[:1], ctx, self.prompts[1 + m :]]), self.layout)
 
     def encode_image(self, images, text=None):
         """images (B, 3, R, R) -> z (B, E)."""
@@ -187,9 +192,11 @@ class DPT(VLP):
         z, aux = self.class_aware_features(images, text[top_classes])
         hit = (top_classes == labels[:, None]).expand(len(aux), -1, -1)  # (layers, B, k), at most one per picture
         rows = F.cross_entropy(aux.movedim(-1, 1), labels[None, :, None].expand_as(hit), reduction="none")
-        hits, pictures = whole_batch(torch.stack([hit.sum(), torch.ones_like(labels).sum()]))
-        # Eq. 8, the mean over pictures and layers. train.py weighs the losses of several processes by their pictures.
-        l_ca = (rows * hit).sum() / hits * (pictures / len(labels))
+        hits, pictures = sum_over_processes(torch.stack([hit.sum(), torch.ones_like(labels).sum()]))
+        l_ca = (rows * hit).sum() / hits  # Eq. 8: the mean over the hits, in all pictures and layers
+        # Of several processes each has some pictures, and train.py weighs its loss by their share. But l_ca is divided
+        # by the hits of the whole batch already, so that weight is taken out here. With one process it is 1.
+        l_ca = l_ca / (len(labels) / pictures)
         loss = self.phase_loss(z0 if epoch < self.guide_epochs else None, z, text, labels)
         # Without a hit W_c and its LN have no gradient, as in the release: weight decay and momentum do not move them.
         return loss + self.alpha * l_ca if hits.any() else loss
@@ -242,8 +249,8 @@ class CAVPT(VLP):
             raise UserError(f"base is {base} and softmax_axis {softmax_axis}: choose vlp or vpt, classes or keys.")
         if k_n < 0:
             raise UserError(f"k_n is {k_n}: it must be 0 or more.")
-        self.base, self.k_n, self.keep_vpt, self.cavpt_loss = base, k_n, keep_vpt, cavpt_loss
         super().__init__(clip, classnames, templates, n_ctx=n_ctx, n_visual=n_visual)
+        self.base, self.k_n, self.keep_vpt, self.cavpt_loss = base, k_n, keep_vpt, cavpt_loss
         if base == "vpt":
             self.ctx = None
         if not keep_vpt:  # the last layer's make room for the class-aware ones
@@ -251,11 +258,10 @@ class CAVPT(VLP):
         joint, width = self.zero_shot.shape[1], self.visual_prompts.shape[-1]
         self.cavpt = TemplatePrompts(joint, width, len(classnames), softmax_axis).to(self.zero_shot.device)
 
-    def set_classes(self, classnames):
-        """As VLP; the prompts to show are the templates' where they make the classifier."""
-        super().set_classes(classnames)
-        if self.base == "vpt":
-            self.prompt_texts = [self.templates[0].format(name) for name in self.classnames]
+    @property
+    def prompt_texts(self):
+        """See Method."""
+        return super().prompt_texts if self.base == "vlp" else Method.prompt_texts.fget(self)
 
     def encode_text(self):
         """-> (K, E): W, not normalised, or the zero-shot classifier."""

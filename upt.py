@@ -61,9 +61,9 @@ class UPT(Method):
             raise UserError(f"mode is {mode}, preset {preset}: choose attention, mlp, shared, joint; paper, released.")
         if min(n_ctx, n_visual) < 1 or (mode == "shared" and n_ctx != n_visual):
             raise UserError(f"n_ctx is {n_ctx} and n_visual {n_visual}: choose 1 or more, and equal if mode=shared.")
+        super().__init__(clip, classnames, templates)
         self.mode, self.released, self.n_ctx, self.text_scale = mode, preset == "released", n_ctx, text_scale
-        super().__init__(clip, classnames, templates)  # calls set_classes, which reads n_ctx
-
+        self.embed_prompts()
         text_layers, visual_layers = len(clip.text.blocks), len(clip.visual.blocks)
         if depth_text is None:
             depth_text = 1 if self.released or mode == "joint" else text_layers
@@ -73,12 +73,12 @@ class UPT(Method):
             raise UserError(f"depth_text is {depth_text} and depth_visual {depth_visual}: choose 1 to {text_layers} "
                             f"and 1 to {visual_layers}.")
         self.depth_text, self.depth_visual = depth_text, depth_visual
-        width, visual_width = self.shared.shape[-1], len(clip.visual.class_embedding)
+        width, visual_width = clip.text.token_embedding.embedding_dim, len(clip.visual.class_embedding)
         if heads < 1 or width % heads or not 0 <= dropout < 1:
             raise UserError(f"heads is {heads} and dropout {dropout}: choose a divisor of {width} and 0 to below 1.")
 
         def normal(*shape):
-            return nn.Parameter(self.shared.new_empty(shape).normal_(std=0.02))
+            return nn.Parameter(self.zero_shot.new_empty(shape).normal_(std=0.02))
 
         if mode == "joint":
             self.ctx = normal(depth_text, n_ctx, width)
@@ -93,14 +93,17 @@ class UPT(Method):
             self.ffn = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Dropout(dropout), nn.Linear(width, width))
         if mode == "mlp":
             self.ffn = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, width))
-        self.to(self.shared.device)
+        self.to(self.zero_shot.device)
 
-    def set_classes(self, classnames):
-        """Embed the prompts "X .. X CLASS.": shared (1, >=1+M, Dt), own (K, S, Dt), eot (K,)."""
-        super().set_classes(classnames)
-        self.prompt_texts = [f"[{self.n_ctx} vectors] {name}." for name in self.classnames]
-        shared, own, eot = self.clip.embed_prompts(self.classnames, self.n_ctx)
-        self.shared, self.own, self.eot = (nn.Buffer(x, persistent=False) for x in (shared, own, eot))
+    def embed_prompts(self):
+        """Embed the prompts "X .. X CLASS." of all classes: (C + K*S, Dt) and their Layout."""
+        prompts, self.layout = self.clip.embed_prompts(self.classnames, self.n_ctx)
+        self.prompts = nn.Buffer(prompts, persistent=False)
+
+    @property
+    def prompt_texts(self):
+        """See Method."""
+        return [f"[{self.n_ctx} vectors] {name}." for name in self.classnames]
 
     def tower_prompts(self):
         """-> text prompts (depth, M, Dt), visual prompts (depth, P, D)."""
@@ -141,13 +144,13 @@ class UPT(Method):
 
     def encode_text_with(self, prompts):
         """Text prompts (depth, M, Dt) -> (K, E)."""
-        text, shared, own, m = self.clip.text, self.shared, self.own, self.n_ctx
+        text, x, m = self.clip.text, self.prompts, self.n_ctx  # x (C + K*S, Dt)
         for layer, block in enumerate(text.blocks):
-            if layer < self.depth_text:  # only the shared beginning is rewritten: nothing per class is computed again
-                ctx = prompts[layer] if layer else prompts[0] + text.positional_embedding[1 : 1 + m]  # Eq. 2
-                shared = torch.cat([shared[:, :1], ctx.unsqueeze(0), shared[:, 1 + m :]], dim=1)
-            shared, own = block(shared, own, self.eot)
-        return text.project(own)
+            if layer < self.depth_text:  # the common tokens 1 .. M are rewritten, once for all classes           Eq. 2
+                ctx = prompts[layer] if layer else prompts[0] + text.positional_embedding[1 : 1 + m]
+                x = torch.cat([x[:1], ctx, x[1 + m :]])
+            x = block(x, self.layout)
+        return text.project(x)
 
     def encode_image_with(self, prompts, images):
         """Visual prompts (depth, P, D), images (B, 3, R, R) -> (B, E)."""

@@ -1,4 +1,17 @@
-"""x"""
+"""The linear probe: logistic regression on CLIP's image features, without any text.
+
+Radford et al., the paper of CLIP, arXiv:2103.00020, Appendix A.3, with few shots as in CoOp's Section 4
+
+    minimise  C sum_j CE(W z_j + b, y_j) + |W|^2 / 2        over the few-shot pictures j, plain, not augmented
+
+    W, b  weight (K, E), bias (K,), fitted by prepare()      z_j  the image feature, not made unit      C  strength
+
+C is chosen on the validation pictures: the best of 1e6, 1e4, .. 1e-6, then eight steps of binary search around it.
+Where there are none, C is 1. L-BFGS runs in fp64 until it has converged, where the code stops earlier.
+Code: github.com/KaiyangZhou/CoOp, lpclip/linear_probe.py
+To use it elsewhere, copy this file, clip_min.py and assets/bpe_merges.txt.gz.
+B images, K classes, n few-shot pictures, E joint width.
+"""
 
 import torch
 import torch.nn.functional as F
@@ -8,15 +21,7 @@ from clip_min import Method, UserError, full_precision
 
 
 class LinearProbe(Method):
-    """Logistic regression on image features, without any text. Fits K * (E + 1) numbers, 24,111 for 47 classes.
-
-        minimise  C sum_j CE(W f_j + b, y_j) + |W|^2 / 2        over the few-shot pictures j, plain, not augmented
-
-        W, b  weight (K, E), bias (K,), fitted by prepare()      f_j  as CLIP gives it, not made unit      C  strength
-
-    C is chosen on the validation pictures: the best of 1e6, 1e4, .. 1e-6, then eight steps of binary search around it.
-    Where there are none, C is 1. L-BFGS runs in fp64 until it has converged, where the code stops earlier.
-    """
+    """Logistic regression in the place of the text classifier. Fits K * (E + 1) numbers, 24,111 for 47 classes."""
 
     recipe = dict(epochs=0, batch_size=100, drop_last=False, crop_scale=None)  # None: resized and centre-cropped alone
 
@@ -26,10 +31,10 @@ class LinearProbe(Method):
         self.bias = nn.Buffer(self.zero_shot.new_zeros(len(self.classnames)))
         self.strength = nn.Buffer(self.zero_shot.new_ones(()))
 
-    def prepare(self, batches, val=None):
-        """Fit W and b. batches, val: plain (images, labels) of the few-shot and of the validation pictures, or None."""
+    def prepare(self, batches, val=()):
+        """Fit W and b. batches, val: plain (images, labels) of the few-shot and of the validation pictures."""
         f, labels = self.features(batches)
-        strength = choose_strength(f, labels, *self.features(val), len(self.bias)) if val else 1.0
+        strength = choose_strength(f, labels, *self.features(val), len(self.bias)) if len(val) else 1.0
         self.strength.fill_(strength)
         self.weight, self.bias = (nn.Buffer(x.float()) for x in fit(f, labels, strength, len(self.bias)))
 

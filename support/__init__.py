@@ -1,1 +1,1 @@
-"""What makes the programs practical. No method needs it to be understood."""
+"""What makes the two programs practical. No method needs it to be understood."""
