@@ -13,6 +13,7 @@ import json
 import math
 import os
 import pickle
+import random
 import re
 import socket
 import subprocess
@@ -27,7 +28,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import B16, TINY, openai_clip, random_state_dict
+from conftest import B16, TINY, openai_clip, random_numbers, random_state_dict
 from torch import nn
 
 import clip_min
@@ -658,7 +659,7 @@ PACKAGES = {"transformers": (transformers_answers, ""), "open_clip": (open_clip_
 
 
 def example():
-    return torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    return random_numbers(random.Random(1), 2, 3, 32, 32)
 
 
 def assert_features(clip, image, text):
