@@ -5,6 +5,7 @@ import importlib.util
 import math
 import random
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -61,6 +62,29 @@ def random_state_dict(
         state[f"{name}.weight"] = 1 + draw(width, std=0.1)
         state[f"{name}.bias"] = draw(width, std=0.1)
     return state
+
+
+@contextmanager
+def at_most(calls):
+    """The block makes no more calls of functions: a limit that is the same on a slow machine and a busy one.
+
+    It ends at the first call too many, so that work without an end fails as well.
+    """
+    made = 0
+
+    def count(_, event, __):
+        nonlocal made
+        made += event in ("call", "c_call")
+        if made > calls:
+            sys.setprofile(None)
+            raise AssertionError(f"more than {calls} calls of functions")
+
+    sys.setprofile(count)
+    try:
+        yield
+    finally:
+        sys.setprofile(None)
+    assert made <= calls, "the error of the first call too many was caught"
 
 
 def random_clip(**sizes):

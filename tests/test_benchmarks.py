@@ -14,13 +14,13 @@ import random
 import re
 import tarfile
 import threading
-import time
 import zipfile
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from conftest import at_most
 from test_data import (  # noqa: F401
     SHARED,
     every_warning_is_shown,
@@ -721,14 +721,10 @@ def test_the_hashes_of_the_lists_that_are_not_at_hand(name, blob):
     assert (data.BENCHMARKS[name].split, data.BENCHMARKS[name].blob) == (SPLIT[name], blob)
 
 
-def test_eurosats_27000_files_are_looked_at_in_two_seconds(eurosat):
-    seconds = []
-    for _ in range(3):
-        start = time.perf_counter()
+def test_eurosats_27000_files_are_looked_at_in_a_few_steps_each(eurosat):
+    with at_most(100 * 27000):
         benchmark = data.load("eurosat", eurosat, shots=0)
-        seconds.append(time.perf_counter() - start)
     assert len(benchmark.train + benchmark.val + benchmark.test) == 27000
-    assert min(seconds) < 4     # 2 on a quiet machine
 
 
 # ---- The tables in assets/ ----

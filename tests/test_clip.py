@@ -12,7 +12,6 @@ import math
 import random
 import shutil
 import sys
-import time
 from pathlib import Path
 
 import ftfy
@@ -23,6 +22,7 @@ from conftest import (
     B16,
     B32,
     TINY,
+    at_most,
     openai_clip,
     openai_module,
     random_clip,
@@ -257,13 +257,9 @@ def test_a_text_too_long_is_named_among_the_others_with_its_count():
 def test_each_word_is_encoded_once():
     rng = random.Random(0)
     names = [" ".join("".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=25)) for _ in range(2)) for _ in range(1000)]
-    seconds = []
-    for _ in range(4):
-        start = time.process_time()
+    tokenize(names)
+    with at_most(300 * len(names)):  # 130 for a name; 700 where its words are encoded again
         tokenize(names)
-        seconds.append(time.process_time() - start)
-    assert min(seconds[1:]) < seconds[0] / 2
-    assert min(seconds[1:]) < 0.5, "milliseconds on an idle machine"
 
 
 def test_without_its_vocabulary_the_tokenizer_says_where_to_get_it(tmp_path):
