@@ -490,6 +490,13 @@ ROWS = {  # (paper, row) -> the run that it is
 }  # fmt: skip
 
 
+def test_every_row_of_the_other_methods_in_published_csv_is_the_run_that_it_is():
+    with (ROOT / "assets" / "published.csv").open(newline="", encoding="utf-8") as lines:
+        rows = [row for row in csv.DictReader(lines) if (row["paper"], row["row"]) in ROWS]
+    assert {(row["paper"], row["row"]) for row in rows} == ROWS.keys() and len(rows) > 80
+    assert all((row["method"], row["options"]) == ROWS[row["paper"], row["row"]] for row in rows)
+
+
 def test_published_csv_has_the_numbers_of_the_other_methods_as_the_papers_print_them():
     file = ROOT.parent / "shared" / "published.json"
     if not file.exists():
