@@ -752,8 +752,9 @@ def test_a_classifier_is_exported_where_clip_with_it_predicts_as_the_method(name
 
 def test_the_exported_file_is_read_by_safetensors(runs, tmp_path):
     safetensors = pytest.importorskip("safetensors")
-    start(runs[0], "--export", tmp_path / "c.safetensors")
-    with safetensors.safe_open(tmp_path / "c.safetensors", "pt") as file, (tmp_path / "c.safetensors").open("rb") as ours:
+    path = tmp_path / "c.safetensors"
+    start(runs[0], "--export", path)
+    with safetensors.safe_open(path, "pt") as file, path.open("rb") as ours:
         torch.testing.assert_close(file.get_tensor("classifier"), read_safetensors(ours)["classifier"])
         assert file.metadata().keys() >= {"logit_scale", "classnames", "templates", "backbone"}
 
