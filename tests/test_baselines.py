@@ -312,9 +312,12 @@ def test_the_linear_probe_uses_the_validation_pictures_where_there_are_some(clip
     assert float(method.strength) == pytest.approx(strength, rel=1e-6) and strength != 1
     assert_equal(method.weight, weight.float(), relative=1e-4)
     assert_equal(method.bias, bias.float(), relative=1e-4)
+    images = picture(32, 9)
+    assert_equal(method(images), clip.encode_image(images) @ weight.float().T + bias.float(), relative=1e-4)
     other = LinearProbe(clip, NAMES)
     other.prepare(few_shot, [])
     assert other.strength == 1 and not torch.equal(other.weight, method.weight)
+    assert_equal(other.weight, baselines.fit(f, labels, 1.0, 5)[0].float(), relative=1e-4)
 
 
 # ---- What learns ----
