@@ -953,7 +953,7 @@ def test_a_server_that_falls_silent_is_given_up_and_the_timeout_is_put_back(serv
 
 def test_two_processes_may_fetch_the_same_file(server, tmp_path):
     """Two threads stand for them: both hold their whole part at the same time."""
-    both, content = threading.Barrier(2, timeout=20), os.urandom(300_000)
+    both, content = threading.Barrier(2, timeout=300), os.urandom(300_000)
     server.files = {"/f": content}
 
     def fetch():
