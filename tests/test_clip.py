@@ -664,6 +664,20 @@ def test_preprocess_crops_the_centre_and_subtracts_clips_mean():
     torch.testing.assert_close(preprocess(32)(wide), torch.tensor(expected).view(3, 1, 1).expand(3, 32, 32))
 
 
+@pytest.mark.parametrize("width, height", [(60, 45), (45, 60), (32, 32), (97, 33), (20, 31)])
+def test_preprocess_is_openais_to_the_number(width, height):
+    """Bicubic, the shorter side to the resolution, the centre, CLIP's mean and deviation: written out here."""
+    picture = Image.frombytes("RGB", (width, height), random.Random(0).randbytes(3 * width * height))
+    short = min(width, height)
+    size = (int(32 * width / short), int(32 * height / short))
+    left, top = (round((side - 32) / 2) for side in size)
+    small = picture.resize(size, Image.Resampling.BICUBIC).crop((left, top, left + 32, top + 32))
+    pixels = torch.tensor(list(small.tobytes())).view(32, 32, 3).permute(2, 0, 1) / 255
+    mean = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(3, 1, 1)
+    deviation = torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(3, 1, 1)
+    torch.testing.assert_close(preprocess(32)(picture), (pixels - mean) / deviation)
+
+
 # ---- from_state_dict ----
 
 
