@@ -13,6 +13,7 @@ import json
 import math
 import os
 import pickle
+import random
 import re
 import socket
 import subprocess
@@ -27,7 +28,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import B16, TINY, openai_clip, random_state_dict
+from conftest import B16, TINY, at_most, openai_clip, random_numbers, random_state_dict
 from torch import nn
 
 import clip_min
@@ -615,10 +616,8 @@ def test_an_archive_whose_modules_contain_each_other_ends(file_of, tmp_path):
         following = b"h" + bytes([(i + 1) % modules])
         pickled += b"h" + bytes([i]) + b"}(X\x01\x00\x00\x00a" + following + b"X\x01\x00\x00\x00b" + following + b"ub0"
     replace_in_zip(path, "/data.pkl", lambda _: pickled + b"h\x00.")
-    start = time.process_time()
-    with pytest.raises(UserError, match="loop.pt.*too many modules"):
+    with at_most(1_000_000), pytest.raises(UserError, match="loop.pt.*too many modules"):
         load_clip(path)
-    assert time.process_time() - start < 2
 
 
 # ---- The packages that write these forms agree ----
@@ -660,7 +659,7 @@ PACKAGES = {"transformers": (transformers_answers, ""), "open_clip": (open_clip_
 
 
 def example():
-    return torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    return random_numbers(random.Random(1), 2, 3, 32, 32)
 
 
 def assert_features(clip, image, text):
@@ -956,7 +955,7 @@ def test_a_server_that_falls_silent_is_given_up_and_the_timeout_is_put_back(serv
 
 def test_two_processes_may_fetch_the_same_file(server, tmp_path):
     """Two threads stand for them: both hold their whole part at the same time."""
-    both, content = threading.Barrier(2, timeout=20), os.urandom(300_000)
+    both, content = threading.Barrier(2, timeout=300), os.urandom(300_000)
     server.files = {"/f": content}
 
     def fetch():
@@ -1027,37 +1026,37 @@ def test_a_download_that_the_machine_cannot_read_is_kept(lack, hub, file_of, mon
 # ---- Time and memory ----
 
 MEASURE = """
-import sys, time
+import sys
 import torch, clip_min
 
 def peak():  # of this program alone: getrusage's ru_maxrss would begin with the parent's
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM")) / 1e3
 
+def read():  # by this program, from whatever it opened
+    return next(int(line.split()[1]) for line in open("/proc/self/io") if line.startswith("rchar")) / 1e6
+
 clip_min.CLIP.from_state_dict  # imported, nothing read
-before, start, cpu = peak(), time.perf_counter(), time.process_time()
+before, start = peak(), read()
 clip = clip_min.load_clip(sys.argv[1])
-seconds = min(time.perf_counter() - start, time.process_time() - cpu)  # the lower: other programs may be running
-print(sum(p.numel() for p in clip.parameters()) / 1e6, seconds, peak() - before)
+print(sum(p.numel() for p in clip.parameters()) / 1e6, read() - start, peak() - before)
 """
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak is read from Linux's /proc")
-def test_an_archive_of_vit_b_16_is_read_in_3_seconds_and_twice_its_memory(tmp_path, monkeypatch):
-    monkeypatch.setattr(torch, "randn", lambda *shape, generator: torch.ones(shape, dtype=torch.float16))  # quickly
+@pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="the peak and what is read come from Linux's /proc")
+def test_an_archive_of_vit_b_16_is_read_once_and_in_twice_its_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr(random.Random, "randbytes", lambda _, number: b"0" * number)  # quickly
     state = {key: value.half() for key, value in random_state_dict(**B16).items()}
     save_torchscript(state, tmp_path / "ViT-B-16.pt")
-    assert (tmp_path / "ViT-B-16.pt").stat().st_size > 299e6
+    size = (tmp_path / "ViT-B-16.pt").stat().st_size / 1e6
+    assert size > 299
     environment = os.environ | dict(PYTHONPATH=str(Path(clip_min.__file__).parent))
     command = [sys.executable, "-c", MEASURE, str(tmp_path / "ViT-B-16.pt")]
-    for _ in range(3):  # one reading can meet a busy disk
-        output = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
-        millions, seconds, megabytes = map(float, output.split())
-        if seconds < 3:
-            break
+    output = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
     (tmp_path / "ViT-B-16.pt").unlink()
-    print(f"ViT-B/16, {millions:.0f} M parameters from a TorchScript archive: {seconds:.2f} s, peak {megabytes:.0f} MB")
+    millions, read, megabytes = map(float, output.split())
+    print(f"ViT-B/16, {millions:.0f} M parameters in {size:.0f} MB: {read:.0f} MB read, peak {megabytes:.0f} MB")
     assert millions > 149
-    assert seconds < 3
+    assert read < 1.05 * size
     assert megabytes < 2.2 * 4 * millions
 
 
