@@ -397,7 +397,7 @@ class CLIP(nn.Module):
                                            text_heads, activation), activation)
             clip.requires_grad_(False).load_state_dict(state, strict=True, assign=True)
         except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-            detail = " ".join(str(error).split())[:300]
+            detail = " ".join(str(error).split())[:300].rstrip(".")
             raise UserError(f"These are not the weights of a CLIP ViT: {detail}.") from error
         for name, parameter in clip.named_parameters():
             parameter.data = parameter.float()
@@ -535,7 +535,7 @@ def load_clip(name_or_path, device="cpu", activation=None):
             from support.weights import load
         except ModuleNotFoundError:
             raise UserError(f"clip_min.py alone reads OpenAI's weights files, and not {name_or_path} ({fault}): copy "
-                            "the project's folder support beside it, for names and other forms.") from None
+                            "the project's folder support for names and other forms, or download it again.") from None
         clip = load(str(name_or_path), activation)
     return clip.to(device)
 

@@ -27,7 +27,7 @@ CONFIGURATIONS = {  # of the weights files that folders and repositories have: o
 
 
 def load(name, activation=None):
-    """-> CLIP. name and activation are load_clip's."""
+    """-> CLIP. load_clip tells what a name may be, and what activation None means."""
     return read_clip(find_weights(name), activation)
 
 
@@ -50,7 +50,7 @@ def find_weights(name):
     if not re.fullmatch(r"(?!ViT-)[\w-]+/[\w.-]+", repository) or path.suffix in (".pt", ".bin", ".safetensors"):
         raise UserError(f"There is no weights file {path}: give one, or a name of tiny, {', '.join(OPENAI_MODELS)}, or "
                         "owner/name of a CLIP on huggingface.co.")
-    fetch = download_weights if repository in OPENAI_MODELS.values() else fetch_weights
+    fetch = download_weights if repository in OPENAI_MODELS.values() else fetch_with_huggingface_hub
     found = fetch(repository, cache / repository)
     if found is None:
         raise UserError(f"{repository} on the hub has none of {', '.join(CONFIGURATIONS)}: name another.")
@@ -85,16 +85,16 @@ def check_whole(path):
         read_clip(path)
 
 
-def fetch_weights(repository, folder):
-    """The same by huggingface_hub, which has a cache of its own, a mirror, a token, resume and an offline mode.
+def fetch_with_huggingface_hub(repository, folder):
+    """The same, into the cache of that package: it knows mirrors, tokens and offline mode, and resumes a download.
 
-    Where it is not installed our own download has to do, and its error names the package.
+    Where it is not installed our own download has to do, and an error names the package.
     """
     try:
         from huggingface_hub import hf_hub_download
         from huggingface_hub.utils import EntryNotFoundError, LocalEntryNotFoundError
     except ImportError:
-        advice = "; pip install huggingface_hub brings a cache, a mirror, a token and resume"
+        advice = "; pip install huggingface_hub brings its cache, mirrors, tokens and resume"
         return download_weights(repository, folder, advice)
     fault = None
     for file, configuration in CONFIGURATIONS.items():
@@ -150,7 +150,7 @@ def named_faults(path, verdict):
         if refused:
             raise UserError(f"{path} looks like a pickled module, it asks for {refused[1]}, and nothing of a file is "
                             "run: save the module's state_dict() where it was made.") from error
-        raise UserError(str(path) + verdict.format(detail)) from error
+        raise UserError(str(path) + verdict.format(detail.rstrip("."))) from error
 
 
 def read_state(path):

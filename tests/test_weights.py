@@ -310,7 +310,7 @@ def test_clip_min_alone_loads_what_is_in_openais_keys_and_trains(form, answers_a
 
 @pytest.mark.parametrize("name", BEYOND)
 def test_clip_min_alone_says_in_one_sentence_what_to_copy(name, answers_alone):
-    assert re.fullmatch(rf"[^\n]* not {re.escape(name)} \([^\n]*\): copy the project's folder support beside it[^\n]*",
+    assert re.fullmatch(rf"[^\n]* not {re.escape(name)} \([^\n]*\): copy the project's folder support[^\n]*",
                         answers_alone[name])  # fmt: skip
 
 
@@ -716,7 +716,7 @@ OTHERS = {
 @pytest.mark.parametrize("kind", OTHERS)
 def test_other_models_are_called_by_their_kind(kind, small, tmp_path):
     torch.save(OTHERS[kind](small), tmp_path / "other.pt")
-    with pytest.raises(UserError, match=f"other.pt.* {kind}.*use ViT-B/16"):
+    with pytest.raises(UserError, match=rf"^[^\n]*other.pt: These are the weights of {kind}[^.]*use ViT-B/16\.$"):
         load_clip(tmp_path / "other.pt")
 
 
@@ -1099,8 +1099,9 @@ def test_the_real_package_fetches_once_and_then_works_offline(server, file_of, t
     def answer_with(content):
         def answer(request):
             request.send_response(200)
-            for name, value in {"Content-Length": len(content), "ETag": f'"{sha256(content)}"', "X-Repo-Commit": commit}.items():
-                request.send_header(name, str(value))
+            request.send_header("Content-Length", str(len(content)))
+            request.send_header("ETag", f'"{sha256(content)}"')
+            request.send_header("X-Repo-Commit", commit)
             request.end_headers()
             if request.command == "GET":
                 request.wfile.write(content)
@@ -1108,10 +1109,12 @@ def test_the_real_package_fetches_once_and_then_works_offline(server, file_of, t
         return answer
 
     config = json.dumps({"model_cfg": dict(vision_cfg=dict(width=128, head_width=32), text_cfg=dict(heads=1))}).encode()
-    for file, content in {"open_clip_config.json": config, "open_clip_pytorch_model.bin": file_of["state_dict"]}.items():
-        for revision in "main", commit:
-            server.files[f"/laion/CLIP-B/resolve/{revision}/{file}"] = answer_with(content)
-    program = "import clip_min; clip = clip_min.load_clip('laion/CLIP-B'); print(clip.activation, clip.visual.blocks[0].attn.heads)"
+    for revision in "main", commit:
+        place = f"/laion/CLIP-B/resolve/{revision}"
+        server.files[f"{place}/open_clip_config.json"] = answer_with(config)
+        server.files[f"{place}/open_clip_pytorch_model.bin"] = answer_with(file_of["state_dict"])
+    program = ("from clip_min import load_clip; clip = load_clip('laion/CLIP-B'); "
+               "print(clip.activation, clip.visual.blocks[0].attn.heads)")  # fmt: skip
     environment = os.environ | dict(HOME=str(tmp_path), HF_ENDPOINT=server.url, HF_HUB_DISABLE_TELEMETRY="1",
                                     PYTHONPATH=os.pathsep.join(["", *sys.path]))  # fmt: skip
     for name in "HF_HOME", "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "XDG_CACHE_HOME":
@@ -1123,7 +1126,7 @@ def test_the_real_package_fetches_once_and_then_works_offline(server, file_of, t
         server.files = {}
     done = subprocess.run([sys.executable, "-c", program.replace("laion", "other")], env=environment,
                           capture_output=True, text=True)  # fmt: skip
-    assert re.search(r"UserError: (other/CLIP-B on the hub has none|huggingface_hub could not fetch other/CLIP-B)", done.stderr)
+    assert re.search("UserError: huggingface_hub could not fetch other/CLIP-B [^\n]*by hand", done.stderr)
 
 
 def sha256(content):
