@@ -32,10 +32,11 @@ import data
 import train
 from clip_min import Method, UserError, load_clip, preprocess
 from coop import CoOp
-from support import benchmarks, runs, settings
+from support import benchmarks, runs
 from support.machine import Machine
+from support.settings import WORLD_EPOCHS, Settings, parse_options, resolve_recipe
 
-SETTINGS = {field.name for field in fields(settings.Settings)}
+SETTINGS = {field.name for field in fields(Settings)}
 KEYS = SETTINGS | {
     "classes", "train_images", "test_images", "zero_shot", "accuracy", "published", "published_source", "shifts",
     "base_to_new", "variance", "trainable_parameters", "seconds_training", "seconds_total", "epochs", "losses", "picks", "torch",
@@ -262,11 +263,11 @@ def test_the_rate_is_constant_in_the_warm_up_and_then_falls_without_reaching_zer
     (1, 50), (2, 100), (3, 100), (4, 100), (8, 200), (16, 200), (0, 200), (32, 200),
 ])
 def test_coop_trains_as_many_epochs_as_its_paper_at_that_number_of_shots(shots, epochs):
-    recipe, options = settings.resolve_recipe(CoOp.recipe, {}, "dtd", shots)
+    recipe, options = resolve_recipe(CoOp.recipe, {}, "dtd", shots)
     assert recipe["epochs"] == epochs and options == {}
     assert (recipe["optimizer"], recipe["lr"], recipe["warmup_epochs"], recipe["batch_size"]) == ("sgd", 0.002, 1, 32)
     assert (recipe["momentum"], recipe["weight_decay"], recipe["crop_scale"]) == (0.9, 5e-4, (0.08, 1.0))
-    assert settings.resolve_recipe(CoOp.recipe, {}, "imagenet", shots)[0]["epochs"] == 50
+    assert resolve_recipe(CoOp.recipe, {}, "imagenet", shots)[0]["epochs"] == 50
 
 
 def test_a_data_set_can_change_the_recipe_and_the_methods_options_and_the_user_both():
@@ -288,7 +289,7 @@ def test_an_option_can_change_the_recipe():
 
 def test_on_drawn_data_the_recipe_is_the_papers_with_fewer_epochs(world):
     papers, drawn = (settings("coop", name).recipe for name in ("dtd", "shapes_tint"))
-    assert papers | {"epochs": settings.WORLD_EPOCHS} == drawn != papers
+    assert papers | {"epochs": WORLD_EPOCHS} == drawn != papers
     assert settings("fgvpl parts=tip", "shapes").recipe["epochs"] == 0  # there is nothing to train
 
 
@@ -1376,7 +1377,7 @@ def test_the_commands_that_are_written_down_parse(file, monkeypatch):
         except SystemExit:
             pytest.fail(f"python train.py {shlex.join(words)}")
         for method in args.method:
-            settings.parse_options(method, train.METHODS[method].default_options(), args.set)
+            parse_options(method, train.METHODS[method].default_options(), args.set)
 
 
 def test_the_default_run_beats_zero_shot_in_a_minute_on_two_cores(tmp_path):
