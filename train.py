@@ -38,7 +38,7 @@ from coop import CoOp
 from dpt import CAVPT, DPT, VLP
 from fgvpl import FGVPL
 from support.benchmarks import published
-from support.console import advice, exit_status, print_settings, quoted
+from support.console import advice, exit_status, print_settings, quoted, show_epoch
 from support.machine import average, choose_machine, device_name, gather, join_processes, process_0_first
 from support.runs import Checkpoint, rates, read_prompts, require_finite, reserve, save_run, warn_of_moved
 from support.settings import above, resolve_settings, template
@@ -93,10 +93,8 @@ def sweep(args):
         for combination in itertools.product(args.data, args.method, args.shots, args.seeds):
             settings = resolve_settings(args, METHODS, *combination)
             folder = Path(args.out) / settings.folder
-            with reserve(folder, args.again, machine) as obstacle:
-                if obstacle:
-                    print(obstacle)
-                else:
+            with reserve(folder, args.again, machine) as is_ours:
+                if is_ours:
                     run(settings, folder, args, machine)
 
 
@@ -171,15 +169,15 @@ def load_shifts(args, bench, trained_on):
 
 def learn(method, bench, settings, machine, checkpoint):
     """Give the method its cache, train it and let it choose its constants. -> the mean loss of every epoch."""
-    few_shot = data.few_shot_batches(bench, method.clip, settings.recipe, settings.seed, machine.device, machine.workers)
+    batches = data.few_shot_batches(bench, method.clip, settings.recipe, settings.seed, machine.device, machine.workers)
     val = data.plain_batches(bench.val, method.clip, machine.device, machine.workers, bench.own)
     if not checkpoint.restore_tensors(method):
         with machine.autocast():
-            method.prepare(few_shot, val)
+            method.prepare(batches, val)
     epoch_losses = []
     if count_learned(method):
         print(f"learning    {count_learned(method):,} numbers")
-        epoch_losses = train(method, few_shot, settings.recipe, machine, checkpoint)
+        epoch_losses = train(method, batches, settings.recipe, machine, checkpoint)
     with machine.autocast():
         method.eval().finish(val)
     return epoch_losses
@@ -210,23 +208,19 @@ def train(method, few_shot, recipe, machine, checkpoint=None):
                 loss = method.loss(images, labels, epoch)
             optimizer.zero_grad()
             scaler.scale(loss).backward()
-            loss = loss.detach()
-            if machine.processes > 1:
-                loss = average(loss, method, len(labels))
+            loss = average(loss.detach(), method, len(labels), machine)
             scaler.step(optimizer)
             scaler.update()
-            step_losses.append(loss)  # read where something is saved: reading each would make a GPU wait
-            if checkpoint and checkpoint.is_due():
-                require_finite(step_losses, method, epoch, optimizer)
-                checkpoint.write(method, optimizer, scaler, epoch_losses, step_losses)
+            step_losses.append(loss)  # read where it is saved: reading each would make a GPU wait
+            if checkpoint:
+                checkpoint.write_if_due(method, optimizer, scaler, epoch_losses, step_losses)
         require_finite(step_losses, method, epoch, optimizer)
         epoch_losses.append(sum(torch.stack(step_losses).tolist()) / len(step_losses))
         step_losses = []
         if checkpoint:
             checkpoint.write(method, optimizer, scaler, epoch_losses, step_losses)
         seconds_left = (time.time() - began) / (epoch + 1 - first_epoch) * (epochs - epoch - 1)
-        data.show(f"epoch {epoch + 1}/{epochs}  loss {epoch_losses[-1]:.3f}  lr {rates(optimizer)}  "
-                  f"{seconds_left:.0f} s left", keep=epoch + 1 == epochs, in_log=(epoch + 1) % max(1, epochs // 10) == 0)
+        show_epoch(epoch, epochs, epoch_losses[-1], rates(optimizer), seconds_left)
     return epoch_losses
 
 

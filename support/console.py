@@ -1,7 +1,7 @@
-"""What a run says on the terminal beside its numbers, and how the two programs end.
+"""What a run says on the terminal, and how the two programs end.
 
-train.py prints a run's settings, the papers' numbers and its advice with these functions. train.py and report.py run
-inside exit_status(): a user's mistake ends with one sentence, never with a traceback.
+train.py prints with these functions what a run is, how far it is, the papers' numbers beside its own, and advice.
+train.py and report.py run inside exit_status(): a user's mistake ends with one sentence, never with a traceback.
 """
 
 import math
@@ -12,6 +12,7 @@ from contextlib import suppress
 
 import torch
 
+import data
 from clip_min import UserError
 
 
@@ -48,6 +49,12 @@ def print_settings(settings, bench, machine, method):
           f"{machine.dtype or torch.float32}")
     print(f"recipe      {recipe or 'nothing to train'}")
     print(f"prompts     {' | '.join(method.prompt_texts[:3])}")
+
+
+def show_epoch(epoch, epochs, loss, rates, seconds_left):
+    """The line that an epoch writes over its predecessor's. A log gets ten of them."""
+    line = f"epoch {epoch + 1}/{epochs}  loss {loss:.3f}  lr {rates}  {seconds_left:.0f} s left"
+    data.show(line, keep=epoch + 1 == epochs, in_log=(epoch + 1) % max(1, epochs // 10) == 0)
 
 
 def quoted(papers):

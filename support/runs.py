@@ -26,17 +26,22 @@ CHECKPOINT_SECONDS = 30  # between the checkpoints of an epoch that takes longer
 
 @contextmanager
 def reserve(folder, again, machine):
-    """Keep a run for this process while the block runs. -> "", or a line that says why there is nothing to do."""
-    lock, line = None, ""
+    """Keep a run for this command while the block runs. -> whether it is to be made; if not, a line says why.
+
+    again: whether a finished run is repeated. Of several processes that torchrun started, process 0 decides for all.
+    """
+    lock, obstacle = None, ""
     if machine.rank == 0:
-        line = finished(folder, again)
-        if not line:
+        obstacle = finished(folder, again)
+        if not obstacle:
             lock = lock_file(folder.with_name(f"{folder.name}.lock"))
             # Another process may have finished the run between the first look and the lock.
-            line = finished(folder, again) if lock else f"in work     {folder} (by another process)"
-    line = agree(line, machine)
+            obstacle = finished(folder, again) if lock else f"in work     {folder} (by another process)"
+    obstacle = agree(obstacle, machine)
+    if obstacle:
+        print(obstacle)
     try:
-        yield line
+        yield not obstacle
     finally:
         if lock:
             lock.close()
@@ -51,7 +56,7 @@ def finished(folder, again):
 
 
 def lock_file(path):
-    """-> a lock to close(), or None where another process has it. It also ends with the process, however that ends."""
+    """-> a lock, or None where another process has it. It ends with close(), or with the process."""
     make_folder(path.parent)  # now, so that a place that cannot be written to does not cost a training
     connection = None
     try:  # SQLite knows the locks of every system
@@ -70,7 +75,8 @@ class Checkpoint:
     """What a run that was stopped goes on from: a file beside its folder, used for the same settings and pictures.
 
     It holds the learned tensors, the state of optimizer, scaler and random streams, the mean losses of the finished
-    epochs and the losses of the steps behind them. All of it is finite: train() calls require_finite() before write().
+    epochs and the losses of the steps behind them. What is not finite is never
+    written.
     """
 
     def __init__(self, path, description, machine):
@@ -122,11 +128,14 @@ class Checkpoint:
             detail = " ".join(str(error).split())[:80]
             raise UserError(f"{self.path} does not fit this run ({detail}): remove it to begin anew.") from error
 
-    def is_due(self):
-        return time.time() - self.written > CHECKPOINT_SECONDS
+    def write_if_due(self, method, optimizer, scaler, epoch_losses, step_losses):
+        """Write in the middle of an epoch, if the last checkpoint is old and all is finite: else a UserError."""
+        if time.time() - self.written > CHECKPOINT_SECONDS:
+            require_finite(step_losses, method, len(epoch_losses), optimizer)
+            self.write(method, optimizer, scaler, epoch_losses, step_losses)
 
     def write(self, method, optimizer, scaler, epoch_losses, step_losses):
-        """Replace the file, whole or not at all."""
+        """Replace the file, whole or not at all. What it shall hold is finite, see require_finite()."""
         self.written = time.time()
         if self.machine.rank:
             return

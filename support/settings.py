@@ -18,7 +18,7 @@ from support.weights import OPENAI_MODELS, dashes
 from support.world import WORLD
 
 RECIPE_FLAGS = ("epochs", "lr", "warmup_epochs", "batch_size")  # they override the recipe
-BESIDE = dict(precision="auto", activation=None, template="", base_to_new=False)  # what else changes a run, and defaults
+OTHER_FLAGS = dict(precision="auto", activation=None, template="", base_to_new=False)  # flags that also change a run
 WORLD_EPOCHS = 50  # on the drawn data sets the recipes are the papers' but for this, so that a run takes seconds
 
 
@@ -81,12 +81,12 @@ def resolve_settings(args, methods, data_name, method, shots, seed):
     recipe, data_options = resolve_recipe(methods[method].recipe, options, "" if data_path else name, shots)
     templates = recipe.pop("templates", [])
     flags = {flag: getattr(args, flag) for flag in RECIPE_FLAGS if flag in recipe and getattr(args, flag) is not None}
-    beside = {flag: getattr(args, flag) for flag in BESIDE} | dict(template=" | ".join(args.template))
+    others = {flag: getattr(args, flag) for flag in OTHER_FLAGS} | dict(template=" | ".join(args.template))
     # Each is compared with its own default: a method may have an option that is called like a flag.
     changed = {}
     for option, value in differences(options, defaults | data_options).items():
-        changed[f"set.{option}" if option in (*RECIPE_FLAGS, *BESIDE) else option] = value
-    changed |= differences(flags, recipe) | differences(beside, BESIDE)
+        changed[f"set.{option}" if option in (*RECIPE_FLAGS, *OTHER_FLAGS) else option] = value
+    changed |= differences(flags, recipe) | differences(others, OTHER_FLAGS)
     return Settings(
         method=method, options=defaults | data_options | options, data=name, data_path=data_path, backbone=backbone,
         backbone_path=backbone_path, shots=shots, seed=seed, activation=args.activation or "",
