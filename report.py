@@ -35,8 +35,9 @@ import data
 import train
 from clip_min import Method, UserError, preprocess, vocabulary
 from support.benchmarks import BENCHMARKS, Source, published
+from support.console import exit_status
 from support.folders import SUFFIXES, shortened
-from support.machine import Machine, choose_machine, exit_status
+from support.machine import Machine, choose_machine
 from support.runs import read_prompts
 from support.settings import Settings, above
 from upt import inter_class_variance, intra_class_variance
