@@ -44,11 +44,14 @@ def load_matplotlib():
 # ---- Charts ----
 
 
-def new_figure(titles, across, height):
-    """-> a Figure, and an empty panel for each title, up to `across` in a row. The rows are `height` inches high."""
+def new_figure(titles, across, height, beside=0.8):
+    """-> a Figure, and an empty panel for each title, up to `across` in a row.
+
+    height: of a row; beside: what a panel leaves for the scale and the names at its side. Both in inches.
+    """
     across = min(across, len(titles))
     down = math.ceil(len(titles) / across)
-    titles = [wrapped(title, INCHES / across - 0.8) for title in titles]  # the scale beside a panel needs room, too
+    titles = [wrapped(title, INCHES / across - beside) for title in titles]
     height += LINE * max(title.count("\n") for title in titles)
     figure = load_matplotlib()(figsize=(INCHES, down * height), dpi=DPI, layout="constrained")
     figure.get_layout_engine().set(w_pad=0.08, h_pad=0.08)  # inches around each panel
@@ -115,7 +118,7 @@ def draw_gains(gains):
     """{label: {data set: gain}} -> a panel of bars for each label, as Fig. 3 of FG-VPL."""
     names = {name: wrapped(name, 2) for row in gains.values() for name in row}
     n_bars, n_lines = max(len(row) for row in gains.values()), 1 + max(name.count("\n") for name in names.values())
-    figure, panels = new_figure(list(gains), across=2, height=0.9 + n_bars * max(0.25, LINE * n_lines))
+    figure, panels = new_figure(list(gains), across=2, height=0.9 + n_bars * max(0.25, LINE * n_lines), beside=2.2)
     values = [0, *(gain for row in gains.values() for gain in row.values())]
     room = 0.2 * (max(values) - min(values) or 1)  # for the numbers at the ends of the bars
     for n, (row, panel) in enumerate(zip(gains.values(), panels, strict=True)):
