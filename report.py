@@ -17,7 +17,6 @@ import argparse
 import json
 import statistics
 import sys
-from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -32,8 +31,8 @@ from support import charts
 from support.benchmarks import published
 from support.folders import SUFFIXES, pictures_below, shortened
 from support.machine import Machine, choose_machine, exit_status
-from support.output import loss_bars, print_table, save, save_csv, save_picture
-from support.results import label_of, nearest_words, read_predictions, read_result, settings_of
+from support.output import loss_bars, print_table, save_csv, save_picture, save_tensor
+from support.results import count_answers, label_of, nearest_words, read_finished, settings_of
 from support.runs import read_prompts
 from support.settings import Settings, above
 from support.summary import Summary
@@ -78,12 +77,13 @@ class Run(NamedTuple):
 def report(args, unreadable):
     """Do what the arguments ask for. Pictures that cannot be read are added to `unreadable`."""
     wants_features = args.features is not None  # without class names it is an empty list
-    asked = [args.mistakes, args.predict, args.eval_on, args.export, args.attention, args.prompt_attention]
+    flags = args.mistakes, args.predict, args.eval_on, args.export, args.attention, args.prompt_attention
+    is_asked = any(flags) or wants_features
     if (args.csv or args.threshold) and not args.predict:
         raise UserError("--csv and --threshold are for --predict: give it, too.")
     if (args.csv or args.export) and len(args.runs) > 1:
         raise UserError("--csv and --export write one file: name one run.")
-    if (any(asked) or wants_features) and not args.runs:
+    if is_asked and not args.runs:
         raise UserError("Name the folder of a finished run first, such as runs/shapes/coop/tiny_16shot_seed1.")
     if not args.runs:
         summarise(Path(args.out))
@@ -91,7 +91,7 @@ def report(args, unreadable):
     if args.attention:
         draw_attention(runs, args.attention)
     for run in runs:
-        if not any(asked) and not wants_features:
+        if not is_asked:
             describe(run)
         if args.mistakes:
             draw_mistakes(run, args.mistakes, args.root)
@@ -123,8 +123,7 @@ def open_run(folder, device):
 def summarise(out):
     """Print the runs under `out` as a Markdown table. Write summary.csv and the charts of accuracies and gains."""
     summary = Summary(out, ZERO_SHOT_OPTIONS)
-    title = "Accuracy in percent; of several seeds: mean ± standard deviation (number of seeds)"
-    print_table(title, *summary.table())
+    print_table("Accuracy in percent; of several seeds: mean ± standard deviation (number of seeds)", *summary.table())
     save_csv(out / "summary.csv", summary.csv_lines())
     curves, gains = summary.curves(), summary.gains()
     if not curves:  # all are runs of zero-shot CLIP
@@ -142,13 +141,7 @@ def summarise(out):
 
 
 def read_run(run):
-    """-> what read_result gives, and a dictionary for each test picture: picture, class, predicted class, ..."""
-    found = read_result(run.folder / "result.json", ZERO_SHOT_OPTIONS)
-    if not found:
-        raise UserError(f"{run.folder} has no result.json of train.py: train again.")
-    entries, result = found
-    path = run.folder / "predictions.csv"
-    return entries, result, read_predictions(path, run.saved["classnames"], result["test_images"])
+    return read_finished(run.folder, run.saved["classnames"], ZERO_SHOT_OPTIONS)
 
 
 def describe(run):
@@ -160,13 +153,9 @@ def describe(run):
     for entry in entries if is_zero_shot else [zero_shot, *entries]:
         print(f"accuracy      {entry.accuracy:.2f} % {entry.column}, {entry.row.method}{train.quoted(entry.papers)}")
 
-    answers = Counter((row["class"], row["predicted class"]) for row in predictions)
-    pictures = Counter(row["class"] for row in predictions)
-    recalls = {name: 100 * answers[name, name] / count for name, count in pictures.items()}
-    classes = [(name, answers[name, name], pictures[name], f"{recalls[name]:.1f}")
-               for name in sorted(pictures, key=recalls.get)]
-    confused = [(*pair, count) for pair, count in answers.most_common() if pair[0] != pair[1]]
-    print(f"balanced      {statistics.mean(recalls.values()):.2f} %, the mean over the classes")
+    classes, confused = count_answers(predictions)
+    balanced = statistics.mean(100 * right / count for _, right, count, _ in classes)
+    print(f"balanced      {balanced:.2f} %, the mean over the classes")
     if result["losses"]:
         print(f"loss          {loss_bars(result['losses'])}")
     print_table("The worst classes", ["class", "right", "of", "%"], classes[:10])
@@ -188,9 +177,9 @@ def draw_mistakes(run, count, root):
     wrong = [row for row in predictions if row["class"] != row["predicted class"]]
     if not wrong:
         raise UserError(f"{run.folder} made no mistake on its test pictures.")
-    shown, size = [], (charts.THUMBNAIL, charts.THUMBNAIL)
+    shown = []
     for row in sorted(wrong, key=lambda row: -row["probability"])[:count]:
-        picture = ImageOps.pad(data.read(bench.folder / row["picture"], bench.own), size, color="white")
+        picture = data.read(bench.folder / row["picture"], bench.own)
         answer = f"{row['probability']:.0%} {row['predicted class']}"
         shown.append((picture, [Path(row["picture"]).name, f"true: {row['class']}", answer]))
         print(f"{row['picture']}: {row['class']}, predicted: {answer}")
@@ -212,14 +201,14 @@ def predict(run, paths, csv_file, threshold):
     answers = likeliest_classes(run, files)
     data.show("", keep=True)  # the end of the live line
     rows = [["picture", *(f"{what} {n}" for n in range(1, 6) for what in ("class", "probability"))]]
-    for file, answer in answers.items():
+    for file, answer in answers:
         is_sure = answer[0][1] >= threshold
         answer = [(name if is_sure else "none", f"{p:.4f}") for name, p in answer]
         print(f"{file}: {', '.join(f'{name} {p}' for name, p in answer)}")
         rows.append([file, *(cell for pair in answer for cell in pair)])
     if csv_file:
         save_csv(Path(csv_file), rows)
-    return [file for file in files if file not in answers]
+    return set(files) - {file for file, _ in answers}
 
 
 class NewPictures(data.Pictures):
@@ -235,8 +224,8 @@ class NewPictures(data.Pictures):
 
 @torch.no_grad()
 def likeliest_classes(run, files):
-    """-> {file: [(class, probability), ...]}, the five likeliest classes of every file that can be read."""
-    method, machine, answers = run.method, run.machine, {}
+    """-> [(file, [(class, probability), ...]), ...], the five likeliest classes of every file that can be read."""
+    method, machine, answers = run.method, run.machine, []
     transform = preprocess(method.clip.visual.resolution)
     pictures = NewPictures([(file, number) for number, file in enumerate(files)], transform, own=True)
     with machine.autocast():
@@ -246,8 +235,8 @@ def likeliest_classes(run, files):
             best, classes = probability.topk(min(5, len(method.classnames)))
             for number, values, found in zip(numbers.tolist(), best.tolist(), classes.tolist(), strict=True):
                 if number >= 0:
-                    names = [method.classnames[i] for i in found]
-                    answers[files[number]] = list(zip(names, values, strict=True))
+                    answer = [(method.classnames[i], p) for i, p in zip(found, values, strict=True)]
+                    answers.append((files[number], answer))
     return answers
 
 
@@ -264,7 +253,7 @@ def evaluate_on(run, name, root):
 
 @torch.no_grad()
 def export(run, path):
-    """Write the classifier (K, E), unit rows, as safetensors: eight bytes of length, a JSON header, the numbers."""
+    """Write the classifier (K, E), unit rows, and what else a program needs that has the same CLIP, as safetensors."""
     method, kind = run.method, type(run.method)
     if kind.encode_image is not Method.encode_image or kind.forward is not Method.forward:
         raise UserError(f"{run.settings.method} is more than CLIP with another classifier, so other programs cannot "
@@ -272,10 +261,7 @@ def export(run, path):
     classifier = F.normalize(method.encode_text().float(), dim=-1)
     notes = {"classnames": json.dumps(method.classnames), "templates": json.dumps(method.templates),
              "logit_scale": str(method.clip.logit_scale.exp().item()), "backbone": run.settings.backbone}
-    tensor = {"dtype": "F32", "shape": list(classifier.shape), "data_offsets": [0, 4 * classifier.numel()]}
-    header = json.dumps({"__metadata__": notes, "classifier": tensor}).encode()
-    header += b" " * (-len(header) % 8)  # so that the numbers can be mapped into memory
-    save(path, len(header).to_bytes(8, "little") + header + classifier.cpu().numpy().tobytes())
+    save_tensor(path, "classifier", classifier, notes)
 
 
 # ---- Pictures of one run ----
@@ -283,11 +269,11 @@ def export(run, path):
 
 def read_pictures(files, run):
     """-> images (B, 3, R, R), and for each a row of a sheet, which begins with the square that CLIP sees."""
-    pictures, transform = [data.read(file, own=True) for file in files], preprocess(run.method.clip.visual.resolution)
+    transform = preprocess(run.method.clip.visual.resolution)
+    pictures = [data.read(file, own=True) for file in files]
     images = torch.stack([transform(picture) for picture in pictures]).to(run.machine.device)
-    size = charts.THUMBNAIL, charts.THUMBNAIL
-    rows = [[(ImageOps.fit(picture, size), [Path(file).name])] for picture, file in zip(pictures, files, strict=True)]
-    return images, rows
+    squares = [ImageOps.fit(picture, (charts.THUMBNAIL, charts.THUMBNAIL)) for picture in pictures]
+    return images, [[(square, [Path(file).name])] for square, file in zip(squares, files, strict=True)]
 
 
 def zero_shot_of(method):
@@ -318,8 +304,7 @@ def draw_prompt_attention(run, files):
     """RUN/prompt_attention.png: which patches respond to each visual prompt of the last layer, as UPT's Fig. 6.
 
     Deep prompts are keys and values and have no query, so they look at nothing themselves. What is shown is the share
-    of its attention that each patch would give to the prompt, the mean of the heads. It is computed for this picture
-    alone, since CLIP reads nothing but the class token of that layer.
+    of its attention that each patch would give to the prompt, the mean of the heads.
     """
     images, rows = read_pictures(files, run)
     with run.machine.autocast():

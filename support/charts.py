@@ -11,7 +11,7 @@ import textwrap
 import unicodedata
 
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from clip_min import UserError
 from support.results import ZERO_SHOT
@@ -92,7 +92,7 @@ def draw_curves(curves):
     labels = sorted({label for panel in curves.values() for label in panel})
     all_shots = {shots for panel in curves.values() for curve in panel.values() for shots in curve}
     all_shots = sorted(all_shots, key=by_shots)
-    figure, panels = new_figure(sorted(curves), across=3, height=2.5)
+    figure, panels = new_figure(sorted(curves), across=3, height=2.5 if len(curves) > 1 else 3.2)
     handles, step = {}, min(0.06, 0.5 / len(labels))
     for name, panel in zip(sorted(curves), panels, strict=True):
         for label, curve in sorted(curves[name].items()):
@@ -221,7 +221,7 @@ def project(images, text):
 
 
 def draw_sheet(titles, rows):
-    """Rows of (picture, lines of text below it), pictures of THUMBNAIL by THUMBNAIL pixels; titles of the columns."""
+    """Rows of (picture, lines of text below it) and titles of the columns -> Image. A picture is shown as a whole."""
     width, top = THUMBNAIL + GAP, GAP // 2 + (TEXT_LINE if titles else 0)
     height = width + TEXT_LINE * max(len(lines) for row in rows for _, lines in row)
     sheet = Image.new("RGB", (max(len(row) for row in rows) * width, top + len(rows) * height), "white")
@@ -231,7 +231,7 @@ def draw_sheet(titles, rows):
     for j, row in enumerate(rows):
         for i, (picture, lines) in enumerate(row):
             x, y = i * width + GAP // 2, top + j * height
-            sheet.paste(picture, (x, y))
+            sheet.paste(ImageOps.pad(picture, (THUMBNAIL, THUMBNAIL), color="white"), (x, y))
             for k, line in enumerate(lines):
                 write(pen, x, y + THUMBNAIL + TEXT_LINE * k + 12, line)
     return sheet

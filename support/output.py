@@ -5,6 +5,7 @@ report.py calls all of it. What cannot be written ends in one sentence that name
 
 import csv
 import io
+import json
 import math
 import sys
 from contextlib import suppress
@@ -36,6 +37,17 @@ def save_picture(path, write):
     content = io.BytesIO()
     write(content, format="png")
     save(path, content.getvalue())
+
+
+def save_tensor(path, name, tensor, notes):
+    """Write an fp32 tensor as safetensors: eight bytes of header length, a JSON header, the numbers.
+
+    notes: {key: text}, what the header says besides.
+    """
+    entry = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [0, 4 * tensor.numel()]}
+    header = json.dumps({"__metadata__": notes, name: entry}).encode()
+    header += b" " * (-len(header) % 8)  # so that the numbers can be mapped into memory
+    save(path, len(header).to_bytes(8, "little") + header + tensor.cpu().numpy().tobytes())
 
 
 def print_table(title, head, rows):

@@ -1,13 +1,14 @@
 """What finished runs hold: result.json and predictions.csv, read back and checked; the words near what was learned.
 
 report.py calls this for its report of a run, support/summary.py for the table of all runs. A file that is no result of
-train.py never ends in a traceback: read_result() names it and leaves it out, read_predictions() ends in one sentence.
+train.py never ends in a traceback: read_result() names it and leaves it out, read_finished() ends in one sentence.
 """
 
 import csv
 import json
 import math
 import sys
+from collections import Counter
 from dataclasses import fields, replace
 from typing import NamedTuple
 
@@ -101,6 +102,15 @@ def describe_zero_shot(settings, zero_shot_options):
     return f"{label_of(start)}, templates of {settings.method}", []  # those of its recipe
 
 
+def read_finished(folder, classnames, zero_shot_options):
+    """A run's folder -> what read_result() gives of it, and what read_predictions() gives, or UserError."""
+    found = read_result(folder / "result.json", zero_shot_options)
+    if not found:
+        raise UserError(f"{folder} has no result.json of train.py: train again.")
+    entries, result = found
+    return entries, result, read_predictions(folder / "predictions.csv", classnames, result.get("test_images"))
+
+
 def read_predictions(path, classnames, count):
     """A predictions.csv of `count` pictures -> a dictionary for each: picture, class, predicted class, probability."""
     try:
@@ -113,6 +123,16 @@ def read_predictions(path, classnames, count):
         return rows
     except (OSError, ValueError, LookupError, TypeError, csv.Error) as error:
         raise UserError(f"{path} cannot be read as the predictions of a run ({error}): train again.") from error
+
+
+def count_answers(predictions):
+    """-> rows (class, right, of, %), the worst class first, and (class, taken for, times), the most frequent first."""
+    answers = Counter((row["class"], row["predicted class"]) for row in predictions)
+    pictures = Counter(row["class"] for row in predictions)
+    classes = [(name, answers[name, name], count) for name, count in pictures.items()]
+    classes.sort(key=lambda row: row[1] / row[2])
+    confused = [(*pair, count) for pair, count in answers.most_common() if pair[0] != pair[1]]
+    return [(name, right, count, f"{100 * right / count:.1f}") for name, right, count in classes], confused
 
 
 @torch.no_grad()
