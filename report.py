@@ -76,14 +76,13 @@ class Run(NamedTuple):
 
 def report(args, unreadable):
     """Do what the arguments ask for. Pictures that cannot be read are added to `unreadable`."""
-    wants_features = args.features is not None  # without class names it is an empty list
-    flags = args.mistakes, args.predict, args.eval_on, args.export, args.attention, args.prompt_attention
-    is_asked = any(flags) or wants_features
+    with_features = args.features is not None  # without class names it is an empty list
+    asked = args.mistakes, args.predict, args.eval_on, args.export, args.attention, args.prompt_attention, with_features
     if (args.csv or args.threshold) and not args.predict:
         raise UserError("--csv and --threshold are for --predict: give it, too.")
     if (args.csv or args.export) and len(args.runs) > 1:
         raise UserError("--csv and --export write one file: name one run.")
-    if is_asked and not args.runs:
+    if any(asked) and not args.runs:
         raise UserError("Name the folder of a finished run first, such as runs/shapes/coop/tiny_16shot_seed1.")
     if not args.runs:
         summarise(Path(args.out))
@@ -91,7 +90,7 @@ def report(args, unreadable):
     if args.attention:
         draw_attention(runs, args.attention)
     for run in runs:
-        if not is_asked:
+        if not any(asked):
             describe(run)
         if args.mistakes:
             draw_mistakes(run, args.mistakes, args.root)
@@ -103,7 +102,7 @@ def report(args, unreadable):
             export(run, Path(args.export))
         if args.prompt_attention:
             draw_prompt_attention(run, args.prompt_attention)
-        if wants_features:
+        if with_features:
             draw_features(run, args.features, args.root)
 
 

@@ -1,8 +1,7 @@
 """The pictures: charts of numbers by matplotlib, sheets of pictures by Pillow.
 
-report.py calls the draw functions, which return a Figure or an Image and write nothing. matplotlib is optional: where
-it is missing, every chart ends in MissingMatplotlib, which says what to install, and the sheets are drawn all the same.
-No display is needed.
+report.py calls the draw functions, which return a Figure or an Image, write nothing and need no display. matplotlib is
+optional: where it is missing, every chart ends in MissingMatplotlib, which says what to install, and sheets are drawn.
 """
 
 import math
@@ -90,8 +89,7 @@ def style(n):
 def draw_curves(curves):
     """{data set: {label: {shots: accuracies of the seeds}}} -> a panel for each set, as Fig. 4 of UPT, DPT, FG-VPL."""
     labels = sorted({label for panel in curves.values() for label in panel})
-    all_shots = {shots for panel in curves.values() for curve in panel.values() for shots in curve}
-    all_shots = sorted(all_shots, key=by_shots)
+    all_shots = sorted({k for panel in curves.values() for curve in panel.values() for k in curve}, key=by_shots)
     figure, panels = new_figure(sorted(curves), across=3, height=2.5 if len(curves) > 1 else 3.2)
     handles, step = {}, min(0.06, 0.5 / len(labels))
     for name, panel in zip(sorted(curves), panels, strict=True):
@@ -99,15 +97,15 @@ def draw_curves(curves):
             n, shots = labels.index(label), sorted(curve, key=by_shots)
             aside = step * (n - (len(labels) - 1) / 2)  # points and error bars that coincide stand side by side
             x = [all_shots.index(k) + (0 if k == ZERO_SHOT else aside) for k in shots]
-            means, deviations = ([f(curve[k]) for k in shots] for f in (statistics.mean, statistics.pstdev))
+            means = [statistics.mean(curve[k]) for k in shots]
+            deviations = [statistics.pstdev(curve[k]) for k in shots]
             handles[label] = panel.errorbar(x, means, deviations, **style(n), linestyle=LINES[n % len(LINES)],
                                             markersize=5, linewidth=1.5, elinewidth=1, capsize=2)
             start = panel.plot(0, means[0], "*", color="black", markersize=11, zorder=3)
         panel.set_xticks(range(len(all_shots)), all_shots)
-    across = min(3, len(panels))
-    for left in panels[::across]:
+    for left in panels[::3]:
         left.set_ylabel("accuracy in %")
-    for lowest in panels[-across:]:
+    for lowest in panels[-3:]:
         lowest.set_xlabel("labelled pictures per class")
     handles = dict(sorted(handles.items())) | {"zero-shot CLIP": start[0]}
     add_legend(figure, handles, "bars: standard deviation over the seeds")
@@ -127,8 +125,8 @@ def draw_gains(gains):
         panel.bar_label(bars, fmt="%+.1f", padding=3)
         panel.axvline(0, color="black", linewidth=0.8)
         panel.set_yticks(range(len(row)), [names[name] for name, _ in ordered])
-        panel.set_ylim(n_bars - 0.5, -0.5)  # the largest gain on top
-        panel.set_xlim(min(values) - (room if min(values) < 0 else 0), max(values) + room)
+        left = min(values) - room if min(values) < 0 else 0
+        panel.set(xlim=(left, max(values) + room), ylim=(n_bars - 0.5, -0.5))  # the largest gain on top
         panel.grid(False, axis="y")
     figure.supxlabel("gain over zero-shot CLIP in percentage points", fontsize=10)
     return figure
@@ -147,8 +145,7 @@ def draw_variances(gains, variances):
     for key, panel in zip(("text_between_classes", "image_within_classes"), panels, strict=True):
         places = {}  # of the names: each is written once, at its highest point
         for name, label, variance, gain in points:
-            mark = style(labels.index(label))
-            handles[label], = panel.plot(variance[key], gain, linestyle="none", markersize=6, **mark)
+            handles[label], = panel.plot(variance[key], gain, linestyle="none", **style(labels.index(label)))
             places.setdefault(name, (variance[key], gain))
         panel.axhline(0, color="black", linewidth=0.8)
         panel.margins(0.1)
