@@ -498,10 +498,11 @@ class Method(nn.Module):
         return other
 
     @torch.no_grad()
-    def attention(self, images):
-        """-> {title: (B, N)}, maps over the patches that show what the method looks at, the first one its attention.
+    def attention_weights(self, images):
+        """images (B, 3, R, R) -> the attention weights of the image tower's last block (B, H, T, T+P), rows sum to 1.
 
-        Here: the class token's attention to the patches in the last block, the mean of the heads.
+        The T tokens that look are the class token, the patches, and what a method put behind them. Those that are
+        looked at are the same and P more, the block's own prompts, which are keys and values only.
         """
         inputs, last_block = [], self.clip.visual.blocks[-1]
         hook = last_block.register_forward_pre_hook(lambda block, args: inputs.append(args))
@@ -509,9 +510,15 @@ class Method(nn.Module):
             self.encode_image(images, self.encode_text())
         finally:
             hook.remove()
-        weights = last_block.attention_weights(*inputs[-1])  # the last call's: DPT runs the tower without prompts first
+        return last_block.attention_weights(*inputs[-1])  # the last call's: DPT runs the tower without prompts first
+
+    def attention(self, images):
+        """-> {title: (B, N)}, maps over the patches that show what the method looks at, the first one its attention.
+
+        Here: the class token's attention to the patches in the last block, the mean of the heads.
+        """
         n = len(self.clip.visual.positional_embedding)  # class token and patches
-        return {"attention": weights[:, :, 0, 1:n].mean(dim=1)}
+        return {"attention": self.attention_weights(images)[:, :, 0, 1:n].mean(dim=1)}
 
 
 # ------------------------------------------------------------------------------------------------------------ weights
