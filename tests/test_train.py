@@ -12,7 +12,6 @@ import json
 import math
 import os
 import re
-import shlex
 import statistics
 import subprocess
 import sys
@@ -1376,13 +1375,6 @@ def test_train_py_and_what_it_imports_know_nothing_of_report_py():
         assert found and "report" not in {name.split(".")[0] for name in found}
 
 
-def commands(text):
-    """The commands of train.py in a text, but for those with a gap to fill in."""
-    found = re.findall(r"`(python train\.py[^`\n]*)`", text)
-    found += re.findall(r"^ *(?:pip install [^&]* && )?(python train\.py.*)$", text, re.MULTILINE)
-    return [shlex.split(command, comments=True)[2:] for command in found if "..." not in command]
-
-
 def test_pictures_that_move_from_the_test_to_the_training_are_told(tmp_path, world, capsys):
     flags = ["--data", tmp_path / "own", "--backbone", world / "weights.pt", "--out", tmp_path / "runs", "--shots", 0,
              "--device", "cpu", "--epochs", 1]
@@ -1416,24 +1408,6 @@ def test_what_a_killed_save_left_is_removed_by_the_next_one_after_an_hour(tmp_pa
     os.utime(old, (0, 0))
     assert main(*flags, "--again") == 0
     assert not old.exists() and new.exists()  # the new one may be another process's
-
-
-@pytest.mark.parametrize("file", ["train.py", "README.md"])
-def test_the_commands_that_are_written_down_parse(file, monkeypatch):
-    class Correction(Method):  # the README's own method
-        def __init__(self, *args, ratio=1.0):
-            super().__init__(*args)
-
-    monkeypatch.setitem(train.METHODS, "correction", Correction)
-    text = train.__doc__ if file == "train.py" else SCRIPT.with_name(file).read_text()
-    assert len(commands(text)) >= 4
-    for words in commands(text):
-        try:
-            args = train.parse_arguments(words)
-        except SystemExit:
-            pytest.fail(f"python train.py {shlex.join(words)}")
-        for method in args.method:
-            parse_options(method, train.METHODS[method].default_options(), args.set)
 
 
 def test_the_default_run_beats_zero_shot(tmp_path):
