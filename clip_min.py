@@ -23,8 +23,9 @@ import math
 import pickle
 import zipfile
 from collections import Counter, OrderedDict
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import ftfy
 import regex
@@ -432,46 +433,44 @@ class CLIP(nn.Module):
 
     @classmethod
     def from_state_dict(cls, state_dict, activation="quickgelu", vision_heads=None, text_heads=None):
-        """A state dict in OpenAI's keys -> CLIP with fp32 parameters, frozen, eval().
+        """A state dict in OpenAI's keys -> CLIP with fp32 parameters, frozen, eval(); UserError if anything is amiss.
 
-        Heads are 64 wide where their number is not given. UserError where a key or a shape is amiss.
+        Every size is read from the tensors. Heads are 64 wide where their number is not given, as in OpenAI's models.
         """
         if activation not in ACTIVATIONS:
             raise UserError(f"The activation is {activation}: choose {' or '.join(ACTIVATIONS)}.")
         state = {}  # under our keys: blocks lie directly in their tower, the text tower is a module of its own
         try:
             for key, tensor in state_dict.items():
-                if key in ("input_resolution", "context_length", "vocab_size"):  # beside the weights in OpenAI's files
-                    continue
-                prefix = "" if key.startswith(("visual.", "logit_scale")) else "text."
-                state[prefix + key.replace("transformer.resblocks.", "blocks.")] = tensor.float()
-            layers = Counter(".".join(key.split(".")[:2]) for key in state if key.endswith(".ln_1.weight"))
+                tower = "" if key.startswith(("visual.", "logit_scale")) else "text."
+                if key not in ("input_resolution", "context_length", "vocab_size"):  # in OpenAI's archives
+                    state[tower + key.replace("transformer.resblocks.", "blocks.")] = tensor.detach()
+            layers = Counter(key.split(".")[0] for key in state if key.endswith(".ln_1.weight"))
             vision_width, _, patch, _ = state["visual.conv1.weight"].shape
             grid = math.isqrt(len(state["visual.positional_embedding"]) - 1)
             context_length, text_width = state["text.positional_embedding"].shape
             vocab_size, joint = len(state["text.token_embedding.weight"]), state["text.text_projection"].shape[1]
-            if not min(grid, patch, context_length, vocab_size, joint, layers["visual.blocks"], layers["text.blocks"]):
+            if not min(grid, patch, context_length, vocab_size, joint, layers["visual"], layers["text"]):
                 raise ValueError("one of its sizes is 0")
             for width, heads in (vision_width, vision_heads), (text_width, text_heads):
-                is_given = heads is not None
-                is_known = type(heads) is int and heads > 0 if is_given else width not in (1280, 1408, 1664)
-                if not is_known or width % (heads or 64):  # widths of ViT-H, g and bigG, whose heads are not 64 wide
+                if width % (heads or 64) or (heads is None and width > 1024):  # OpenAI's widest
                     raise ValueError(f"the number of attention heads for its width {width} is not {heads or 'known'}, "
                                      "put its own open_clip_config.json or config.json beside the weights")
             with torch.device("meta"):  # no memory and no random initialisation: the tensors are assigned below
-                clip = cls(VisionTransformer(grid * patch, patch, vision_width, layers["visual.blocks"], joint,
+                clip = cls(VisionTransformer(grid * patch, patch, vision_width, layers["visual"], joint,
                                              vision_heads, activation),
-                           TextTransformer(context_length, vocab_size, text_width, layers["text.blocks"], joint,
+                           TextTransformer(context_length, vocab_size, text_width, layers["text"], joint,
                                            text_heads, activation), activation)
-            clip.load_state_dict(state, strict=True, assign=True)
-            if broken := [name for name, parameter in clip.named_parameters() if not parameter.isfinite().all()]:
-                raise ValueError(f"{broken[0]} has numbers that are not finite, download it again")
+            clip.requires_grad_(False).load_state_dict(state, strict=True, assign=True)
         except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-            if lacks_memory(error):
-                raise
-            detail = " ".join(str(error).split())[:300]
+            detail = " ".join(str(error).split())[:300].rstrip(".")
             raise UserError(f"These are not the weights of a CLIP ViT: {detail}.") from error
-        return clip.requires_grad_(False).eval()
+        for name, parameter in clip.named_parameters():
+            parameter.data = parameter.float()
+            if not parameter.isfinite().all():
+                raise UserError(f"These are not the weights of a CLIP ViT: {name} has numbers that are not finite, "
+                                "download it again.")
+        return clip.eval()
 
 
 # ------------------------------------------------------------------------------------------------------------ methods
@@ -575,16 +574,12 @@ class Method(nn.Module):
         return other
 
     @torch.no_grad()
-    def attention(self, images):
-        """-> {title: (B, N)}, maps over the patches that show what the method looks at, the first one its attention.
-
-        Here: the class token's attention to the patches in the last block, the mean of the heads.
-        """
-        n = len(self.clip.visual.positional_embedding)  # class token and patches
-        return {"attention": self.attention_weights(images)[:, :, 0, 1:n].mean(dim=1)}
-
     def attention_weights(self, images):
-        """-> (B, H, T, T+P), those of the last block: from class token, patches and tokens that travel on, to them and P prompts."""
+        """images (B, 3, R, R) -> the attention weights of the image tower's last block (B, H, T, T+P), rows sum to 1.
+
+        The T tokens that look are the class token, the patches, and what a method put behind them. Those that are
+        looked at are the same and P more, the block's own prompts, which are keys and values only.
+        """
         inputs, last_block = [], self.clip.visual.blocks[-1]
         hook = last_block.register_forward_pre_hook(lambda block, args: inputs.append(args))
         try:
@@ -593,54 +588,39 @@ class Method(nn.Module):
             hook.remove()
         return last_block.attention_weights(*inputs[-1])  # the last call's: DPT runs the tower without prompts first
 
+    def attention(self, images):
+        """-> {title: (B, N)}, maps over the patches that show what the method looks at, the first one its attention.
+
+        Here: the class token's attention to the patches in the last block, the mean of the heads.
+        """
+        n = len(self.clip.visual.positional_embedding)  # class token and patches
+        return {"attention": self.attention_weights(images)[:, :, 0, 1:n].mean(dim=1)}
+
 
 # ------------------------------------------------------------------------------------------------------------ weights
 
 
 def load_clip(name_or_path, device="cpu", activation=None):
-    """-> CLIP with fp32 parameters, frozen, eval(); UserError where there is none or it cannot be read.
+    """-> CLIP with fp32 parameters, frozen, eval(). UserError where there is none or it cannot be read.
 
-    name_or_path: "tiny"; "ViT-B/32", "ViT-B/16", "ViT-L/14" or "ViT-L/14@336px"; owner/name of a repository on the hub;
-    a weights file; or a folder with one. activation: "gelu" or "quickgelu"; None means what a configuration beside the
-    weights says, and QuickGELU where there is none. This file reads OpenAI's archives, and state dicts in OpenAI's keys
-    that torch.save or safetensors wrote; names and all other forms are support/weights.py's.
+    name_or_path: a weights file, a folder with one, or a name that support/weights.py knows, such as "ViT-B/16".
+    activation: "gelu" or "quickgelu"; None: what a configuration beside the weights says, or else QuickGELU.
     """
-    path = Path(name_or_path).expanduser()
-    has_configuration = any((path.parent / name).exists() for name in ("open_clip_config.json", "config.json"))
-    if path.is_file() and not has_configuration:
-        with named_faults(path):
-            state = read_weights(path)
-            if "visual.class_embedding" in state:
-                return CLIP.from_state_dict(state, activation or "quickgelu").to(device)
-    try:
-        from support import weights
-    except ModuleNotFoundError as error:
-        raise UserError(f"{name_or_path} is no file of OpenAI's weights, or not in OpenAI's keys: copy the project's "
-                        "folder support, which knows names and other forms, beside clip_min.py.") from error
-    return weights.load(str(name_or_path), activation).to(device)
-
-
-@contextmanager
-def named_faults(path):
-    """Whatever reading a weights file raises becomes a UserError, or MachineError, that names the file."""
-    try:
-        yield
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from error
+    path, clip = Path(name_or_path).expanduser(), None
+    try:  # OpenAI's archives, and state dicts in OpenAI's keys, are read here
+        if (path.parent / "open_clip_config.json").exists() or (path.parent / "config.json").exists():
+            raise UserError("a configuration lies beside it")
+        clip = CLIP.from_state_dict(read_weights(path), activation or "quickgelu")
     except Exception as error:  # a broken file can fail anywhere in the readers
-        detail = " ".join(str(error).split())
-        if lacks_memory(error) or getattr(error, "errno", None):
-            detail = f"{type(error).__name__}, {detail[:200]}"
-            raise MachineError(f"{path} cannot be read on this machine ({detail}): the file is kept.") from error
-        if "GLOBAL" in detail:  # what torch.load calls anything but tensors
-            found = detail.split("GLOBAL ")[1].split()[0]
-            raise UserError(f"{path} looks like a pickled module, it asks for {found}, and nothing of a file is run: "
-                            "save the module's state_dict() where it was made.") from error
-        raise UserError(f"{path} is not a whole weights file ({detail[:200]}): download it again.") from error
-
-
-def lacks_memory(error):
-    return isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error)  # PyTorch's is a plain RuntimeError
+        fault = " ".join(f"{type(error).__name__}: {error}".split())[:200]  # a text: the error would keep the tensors
+    if clip is None:  # names and other forms are read there, and what is wrong with a file is told in detail
+        try:
+            from support.weights import load
+        except ModuleNotFoundError:
+            raise UserError(f"clip_min.py alone reads OpenAI's weights files, and not {name_or_path} ({fault}): copy "
+                            "the project's folder support for names and other forms, or download it again.") from None
+        clip = load(str(name_or_path), activation)
+    return clip.to(device)
 
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64}
@@ -652,20 +632,16 @@ TORCHSCRIPT_NAMES = {
 
 
 def read_weights(path):
-    """What is in OpenAI's TorchScript archive, a safetensors file, or a file of torch.save.
-
-    Recognised by content, not by name. No code of the file is run.
-    """
+    """The state dict in an archive of OpenAI's, a safetensors file or one of torch.save. No code in it is run."""
     with open(path, "rb") as file:
-        head = file.read(9)
-    if head[8:] == b"{":  # safetensors: eight bytes of length, then JSON
-        with open(path, "rb") as file:
+        if file.read(9)[8:] == b"{":  # safetensors: eight bytes of length, then JSON
+            file.seek(0)
             return read_safetensors(file)
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
+        if zipfile.is_zipfile(file):  # OpenAI's TorchScript archives, and what torch.save writes today
+            archive = zipfile.ZipFile(file)
             if any(name.endswith("/constants.pkl") for name in archive.namelist()):
                 return read_torchscript(archive)
-    with open(path, "rb") as file:  # torch.load goes by the name if it gets one
+        file.seek(0)
         return torch.load(file, map_location="cpu", weights_only=True)
 
 
@@ -674,16 +650,14 @@ def read_safetensors(file):
     length = int.from_bytes(file.read(8), "little")
     if length > 100_000_000:  # the format's limit
         raise ValueError("its header is too long")
-    header = json.loads(file.read(length))
+    header, state = json.loads(file.read(length)), {}
     header.pop("__metadata__", None)
-    state, position = {}, 0
     for key, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
         begin, end = entry["data_offsets"]
         raw = bytearray(file.read(end - begin))
-        if begin != position or len(raw) != end - begin:
+        if len(raw) != end - begin or file.tell() != 8 + length + end:
             raise ValueError(f"the data of {key} is not all there")
         state[key] = torch.frombuffer(raw, dtype=DTYPES[entry["dtype"]]).view(entry["shape"])
-        position = end
     if file.read(1):  # reading to the end also has gzip check its sum
         raise ValueError("there is more behind the last tensor")
     return state
@@ -693,12 +667,9 @@ def read_torchscript(archive):
     """Its pickle names modules and tensors: only tensors and containers are built, the archive's code is not read."""
     root = next(name for name in archive.namelist() if name.endswith("/data.pkl")).removesuffix("data.pkl")
 
-    class Module:
-        """Stands for a module of the archive; unpickling fills its __dict__ with parameters and submodules."""
-
     class Unpickler(pickle.Unpickler):
         def find_class(self, module, name):  # nothing but these, whatever it asks for
-            return Module if module.startswith("__torch__") else TORCHSCRIPT_NAMES[name]
+            return SimpleNamespace if module.startswith("__torch__") else TORCHSCRIPT_NAMES[name]
 
         def persistent_load(self, record):
             _, dtype, key, _, _ = record  # "storage", type, key, device, number of elements
@@ -710,7 +681,7 @@ def read_torchscript(archive):
         for name, value in vars(module).items():
             if isinstance(value, torch.Tensor):
                 state[prefix + name] = value
-            elif isinstance(value, Module):
+            elif isinstance(value, SimpleNamespace):
                 modules.append((f"{prefix}{name}.", value))
         if len(modules) > 10_000:  # they contain each other
             raise ValueError("it has too many modules")

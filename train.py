@@ -38,8 +38,9 @@ from coop import CoOp
 from dpt import CAVPT, DPT, VLP
 from fgvpl import FGVPL
 from support.benchmarks import published
-from support.machine import average, choose_machine, exit_status, gather, join_processes, process_0_first
-from support.runs import Checkpoint, read_prompts, reserve, save_run, warn_of_moved
+from support.console import advice, exit_status, print_settings, quoted, show_epoch
+from support.machine import average, choose_machine, device_name, gather, join_processes, process_0_first
+from support.runs import Checkpoint, rates, read_prompts, require_finite, reserve, save_run, warn_of_moved
 from support.settings import above, resolve_settings, template
 from upt import UPT, variances
 from vpt import VPT
@@ -83,99 +84,108 @@ def parse_arguments(argv):
 
 
 def main(argv=None):
-    args = parse_arguments(argv)
+    return exit_status(sweep, parse_arguments(argv))
 
-    def sweep():
-        machine = join_processes(choose_machine(args.device, args.precision, args.workers))
-        for setting in itertools.product(args.data, args.method, args.shots, args.seeds):
-            settings = resolve_settings(args, METHODS, *setting)
+
+def sweep(args):
+    """All runs of a command, one after the other, but for those that are finished or in the work of another process."""
+    with join_processes(choose_machine(args.device, args.precision, args.workers)) as machine:
+        for combination in itertools.product(args.data, args.method, args.shots, args.seeds):
+            settings = resolve_settings(args, METHODS, *combination)
             folder = Path(args.out) / settings.folder
-            with reserve(folder, args.again, machine) as obstacle:
-                if obstacle:
-                    print(obstacle)
-                else:
+            with reserve(folder, args.again, machine) as is_ours:
+                if is_ours:
                     run(settings, folder, args, machine)
-
-    return exit_status(sweep)
 
 
 def run(settings, folder, args, machine):
-    """One run, from its settings to a folder with its results."""
-    started, recipe = time.time(), settings.recipe
+    """One run: data and CLIP, the method, zero-shot CLIP, training, accuracy, other data, and a folder with it all."""
+    started = time.time()
     with process_0_first(machine):  # it fetches what is not there yet
-        bench = data.load(settings.data_path or settings.data, args.root, settings.shots, settings.seed)
-        targets = [data.load(name, args.root, shots=0, whole=True) for name in args.eval_on]
+        bench, new_classes = load_data(settings, args)
+        trained_on = bench.fingerprints() if settings.recipe else {}
+        targets = load_shifts(args, bench, trained_on)
         clip = load_clip(settings.backbone_path or settings.backbone, machine.device, settings.activation or None)
     settings = replace(settings, activation=clip.activation, templates=settings.templates or list(bench.templates))
-    bench, new_classes = data.split_classes(bench) if args.base_to_new else (bench, None)
-    trained = bench.fingerprints() if recipe else {}
-    data.require_same_classes(bench, targets)
-    targets = [data.without_trained(target, trained, bench.folder) for target in targets]
-    if recipe and not bench.train:
-        raise UserError(f"{bench.name} has test pictures only: train on other data, with --eval-on {bench.name}.")
     warn_of_moved(bench, folder.parents[1])
+
     torch.manual_seed(settings.seed)  # initial prompts and dropout; pictures have random streams of their own
     method = METHODS[settings.method](clip, bench.classnames, settings.templates, **settings.options).to(machine.device)
     if new_classes:
         method.for_classes(new_classes.classnames)  # a method that cannot says so before it is trained
     print_settings(settings, bench, machine, method)
 
-    test = data.plain_batches(bench.test, clip, machine.device, machine.workers, bench.own)
     zero_shot = Method(clip, bench.classnames, settings.templates)
-    if machine.dtype:  # nothing below calls the towers but under autocast
-        clip.cast_products(machine.dtype)
-    before = after = evaluate(zero_shot, test, machine)
+    test = data.plain_batches(bench.test, clip, machine.device, machine.workers, bench.own)
+    if machine.dtype:
+        clip.cast_products(machine.dtype)  # from here on the towers are called under autocast alone
+    before = evaluate(zero_shot, test, machine)
     print(f"zero-shot   {before.accuracy:.2f} %")
-    variance = {"before": variances(zero_shot, test, machine.autocast())} if args.variance else {}
-    began, losses, trainable = time.time(), [], 0
-    description = asdict(settings) | dict(classnames=method.classnames, class_ids=bench.class_ids, train=trained)
+
+    began = time.time()
+    description = asdict(settings) | dict(classnames=method.classnames, class_ids=bench.class_ids, train=trained_on)
     checkpoint = Checkpoint(folder.with_name(f"{folder.name}.checkpoint"), description, machine)
-    if recipe:
-        few_shot = data.few_shot_batches(bench, clip, recipe, settings.seed, machine.device, machine.workers)
-        val = data.plain_batches(bench.val, clip, machine.device, machine.workers, bench.own)
-        if not checkpoint.restore_tensors(method):
-            with machine.autocast():
-                method.prepare(few_shot, val)
-        trainable = sum(p.numel() for p in method.parameters() if p.requires_grad)  # a cache may be learned, too
-        print(f"learning    {trainable:,} numbers")
-        losses = train(method, few_shot, recipe, machine, checkpoint) if trainable else []
-        with machine.autocast():
-            method.eval().finish(val)
+    epoch_losses = learn(method, bench, settings, machine, checkpoint) if settings.recipe else []
     seconds_training = time.time() - began
-    if recipe or method.templates != zero_shot.templates:
-        after = evaluate(method, test, machine)
-    if recipe and after.accuracy < before.accuracy:
-        print(f"warning: {advice(after, len(losses), len(bench.classnames))}")
+
+    is_zero_shot = not settings.recipe and method.templates == zero_shot.templates
+    after = before if is_zero_shot else evaluate(method, test, machine)
+    if settings.recipe and after.accuracy < before.accuracy:
+        print(f"warning: {advice(after, len(epoch_losses), len(bench.classnames))}")
     papers = published(settings, settings.data)
-    print(f"accuracy    {after.accuracy:.2f} % of the test pictures after the last epoch{quoted(papers)}")
-    if args.variance:
-        variance["after"] = variances(method, test, machine.autocast())
-        print(f"variance    {variance}")
+    when = " after the last epoch" if epoch_losses else ""
+    print(f"accuracy    {after.accuracy:.2f} % of the test pictures{when}{quoted(papers)}")
+    variance = compare_variances(zero_shot, method, test, machine) if args.variance else {}
     shifts = evaluate_shifts(method, settings, bench, targets, after.accuracy, machine)
     base_to_new = evaluate_new(method, new_classes, after.accuracy, machine) if new_classes else {}
 
     paper, source = papers[0] if papers else (None, None)
-    device = torch.cuda.get_device_name(machine.device) if machine.device.type == "cuda" else machine.device.type
-    if machine.rank:
-        return
-    save_run(folder, bench, method, description, after, asdict(settings) | dict(
+    result = asdict(settings) | dict(
         classes=len(bench.classnames), train_images=len(bench.train), test_images=len(bench.test),
         zero_shot=before.accuracy, accuracy=after.accuracy, published=paper, published_source=source, shifts=shifts,
-        base_to_new=base_to_new, variance=variance, trainable_parameters=trainable, seconds_training=seconds_training,
-        seconds_total=time.time() - started, epochs=len(losses), losses=losses, picks=bench.picks,
-        torch=torch.__version__, device=device))
-    checkpoint.remove()
-    print(f"saved       {folder}")
+        base_to_new=base_to_new, variance=variance, trainable_parameters=count_learned(method),
+        seconds_training=seconds_training, seconds_total=time.time() - started, epochs=len(epoch_losses),
+        losses=epoch_losses, picks=bench.picks, torch=torch.__version__, device=device_name(machine.device))
+    if machine.rank == 0:
+        save_run(folder, bench, method, description, after, result)
+        checkpoint.remove()
+        print(f"saved       {folder}")
 
 
-def print_settings(settings, bench, machine, method):
-    print(f"method      {settings.method}{''.join(f', {key} {value}' for key, value in settings.changed.items())}")
-    print(f"data        {bench.name}: {len(bench.classnames)} classes, {len(bench.train)} training pictures "
-          f"({settings.shots or 'all'} per class, seed {settings.seed}), {len(bench.test)} test pictures")
-    print(f"backbone    {settings.backbone} with {settings.activation} on {machine.device.type}, "
-          f"{machine.dtype or torch.float32}")
-    print(f"recipe      {', '.join(f'{key} {value}' for key, value in settings.recipe.items()) or 'nothing to train'}")
-    print(f"prompts     {' | '.join(method.prompt_texts[:3])}")
+def load_data(settings, args):
+    """-> the Benchmark to train on; with --base-to-new that of the other half of its classes, else None."""
+    bench = data.load(settings.data_path or settings.data, args.root, settings.shots, settings.seed)
+    if settings.recipe and not bench.train:
+        raise UserError(f"{bench.name} has test pictures only: train on other data, with --eval-on {bench.name}.")
+    return data.split_classes(bench) if args.base_to_new else (bench, None)
+
+
+def load_shifts(args, bench, trained_on):
+    """-> the Benchmarks of --eval-on, which have the classes of `bench`, without the pictures that are trained on."""
+    targets = [data.load(name, args.root, shots=0, whole=True) for name in args.eval_on]
+    data.require_same_classes(bench, targets)
+    return [data.without_trained(target, trained_on, bench.folder) for target in targets]
+
+
+def learn(method, bench, settings, machine, checkpoint):
+    """Give the method its cache, train it and let it choose its constants. -> the mean loss of every epoch."""
+    batches = data.few_shot_batches(bench, method.clip, settings.recipe, settings.seed, machine.device, machine.workers)
+    val = data.plain_batches(bench.val, method.clip, machine.device, machine.workers, bench.own)
+    if not checkpoint.restore_tensors(method):
+        with machine.autocast():
+            method.prepare(batches, val)
+    epoch_losses = []
+    if count_learned(method):
+        print(f"learning    {count_learned(method):,} numbers")
+        epoch_losses = train(method, batches, settings.recipe, machine, checkpoint)
+    with machine.autocast():
+        method.eval().finish(val)
+    return epoch_losses
+
+
+def count_learned(method):
+    """-> how many numbers the optimizer learns. Those of a cache may be among them, once prepare() has made it."""
+    return sum(p.numel() for p in method.parameters() if p.requires_grad)
 
 
 def train(method, few_shot, recipe, machine, checkpoint=None):
@@ -183,41 +193,35 @@ def train(method, few_shot, recipe, machine, checkpoint=None):
     optimizer_class = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}[recipe["optimizer"]]
     constants = {key: recipe[key] for key in ("momentum", "weight_decay", "eps") if key in recipe}
     optimizer = optimizer_class(method.parameter_groups(recipe), **constants)
-    rates = [(group["lr"], group["warmup_epochs"]) for group in optimizer.param_groups]
+    base_rates = [group["lr"] for group in optimizer.param_groups]
     scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.dtype == torch.float16)
-    epochs, began = recipe["epochs"], time.time()
-    means, losses = checkpoint.restore(optimizer, scaler) if checkpoint else ([], [])  # of epochs; of the present steps
-    restored = len(means)
+    epoch_losses, step_losses = checkpoint.restore(optimizer, scaler) if checkpoint else ([], [])
+    epochs, first_epoch, began = recipe["epochs"], len(epoch_losses), time.time()
     method.train()
-    for epoch in range(restored, epochs):
-        batches = few_shot.epoch(epoch, len(losses), machine.rank, machine.processes)
-        for step, (images, labels) in enumerate(batches, len(losses)):
+    for epoch in range(first_epoch, epochs):
+        batches = few_shot.epoch(epoch, len(step_losses), machine.rank, machine.processes)
+        for step, (images, labels) in enumerate(batches, len(step_losses)):
             progress = epoch + (step / len(few_shot) if recipe.get("cosine") == "steps" else 0)
-            for group, (lr, warmup_epochs) in zip(optimizer.param_groups, rates, strict=True):
-                group["lr"] = learning_rate(lr, progress, epochs, warmup_epochs)
+            for group, base_rate in zip(optimizer.param_groups, base_rates, strict=True):
+                group["lr"] = learning_rate(base_rate, progress, epochs, group["warmup_epochs"])
             with machine.autocast():
                 loss = method.loss(images, labels, epoch)
             optimizer.zero_grad()
             scaler.scale(loss).backward()
-            loss = loss.detach()
-            if machine.processes > 1:
-                loss = average(loss, method, len(labels))
+            loss = average(loss.detach(), method, len(labels), machine)
             scaler.step(optimizer)
             scaler.update()
-            losses.append(loss)  # read once per epoch: reading each would make a GPU wait
-            if checkpoint and checkpoint.is_due():
-                checkpoint.write(method, optimizer, scaler, means, losses)
-        losses = torch.stack(losses).tolist()
-        means.append(sum(losses) / len(losses))
-        current = "/".join(dict.fromkeys(f"{group['lr']:.2g}" for group in optimizer.param_groups))
-        require_finite(losses, method, f"in epoch {epoch + 1}", current)
-        losses = []
+            step_losses.append(loss)  # read where it is saved: reading each would make a GPU wait
+            if checkpoint:
+                checkpoint.write_if_due(method, optimizer, scaler, epoch_losses, step_losses)
+        require_finite(step_losses, method, epoch, optimizer)
+        epoch_losses.append(sum(torch.stack(step_losses).tolist()) / len(step_losses))
+        step_losses = []
         if checkpoint:
-            checkpoint.write(method, optimizer, scaler, means, losses)
-        left = (time.time() - began) / (epoch + 1 - restored) * (epochs - epoch - 1)
-        data.show(f"epoch {epoch + 1}/{epochs}  loss {means[-1]:.3f}  lr {current}  {left:.0f} s left",
-                  keep=epoch + 1 == epochs, in_log=(epoch + 1) % max(1, epochs // 10) == 0)
-    return means
+            checkpoint.write(method, optimizer, scaler, epoch_losses, step_losses)
+        seconds_left = (time.time() - began) / (epoch + 1 - first_epoch) * (epochs - epoch - 1)
+        show_epoch(epoch, epochs, epoch_losses[-1], rates(optimizer), seconds_left)
+    return epoch_losses
 
 
 def learning_rate(base, epoch, epochs, warmup_epochs):
@@ -231,14 +235,6 @@ def learning_rate(base, epoch, epochs, warmup_epochs):
     return base / 2 * (1 + math.cos(math.pi * (epoch - warmup_epochs) / epochs))
 
 
-def require_finite(losses, method, when, rates):
-    bad = [step for step, value in enumerate(losses, 1) if not math.isfinite(value)]
-    if bad or not all(p.isfinite().all() for p in method.parameters() if p.requires_grad):  # the last step has no loss
-        step = bad[0] if bad else len(losses)
-        raise UserError(f"The loss or what it taught is not finite {when}, step {step}, at learning rate {rates}: "
-                        "nothing was saved, try a smaller --lr or --precision fp32.")
-
-
 class Evaluation(NamedTuple):
     accuracy: float  # in percent, the micro average
     cross_entropy: float  # the mean
@@ -250,17 +246,18 @@ class Evaluation(NamedTuple):
 def evaluate(method, batches, machine):
     """-> Evaluation of all pictures of `batches`."""
     method.eval()
-    rows = []
+    rows = []  # (3, B) for every batch
     with machine.autocast():
         text = method.encode_text()  # once
         for images, labels in batches.share(machine.rank, machine.processes):
             log_p = method(images, text).float().log_softmax(dim=-1)  # (B, K)
             best, predicted = log_p.max(dim=-1)
-            rows.append(torch.stack([predicted, best, log_p.gather(1, labels.unsqueeze(1)).squeeze(1)]))
+            of_label = log_p.gather(1, labels.unsqueeze(1)).squeeze(1)
+            rows.append(torch.stack([predicted, best, of_label]))
     predicted, best, of_label = torch.cat(gather(rows, machine), dim=1).cpu()
     correct = predicted == torch.tensor([label for _, label in batches.pictures.items])
-    return Evaluation(100 * correct.sum().item() / len(correct), -of_label.mean().item(), predicted.int().tolist(),
-                      best.exp().tolist())
+    return Evaluation(accuracy=100 * correct.sum().item() / len(correct), cross_entropy=-of_label.mean().item(),
+                      predicted=predicted.int().tolist(), probability=best.exp().tolist())
 
 
 def evaluate_shifts(method, settings, bench, targets, accuracy, machine):
@@ -272,9 +269,9 @@ def evaluate_shifts(method, settings, bench, targets, accuracy, machine):
         papers = [] if target.own else published(settings, name)
         print(f"{name:11} {shifts[name]:.2f} % of {len(target.test)} test pictures{quoted(papers)}")
     if shifts:
-        out_of_distribution = sum(shifts.values())
-        print(f"average     {(accuracy + out_of_distribution) / (1 + len(shifts)):.2f} % with {bench.name}, "
-              f"{out_of_distribution / len(shifts):.2f} % of the shifted alone (OOD average)")
+        total = sum(shifts.values())
+        print(f"average     {(accuracy + total) / (1 + len(shifts)):.2f} % with {bench.name}, "
+              f"{total / len(shifts):.2f} % of the shifted alone (OOD average)")
     return shifts
 
 
@@ -295,12 +292,12 @@ def evaluate_new(method, new_classes, base, machine):
     return dict(base=base, new=new, harmonic_mean=mean)
 
 
-def advice(after, epochs, n_classes):
-    """What to try where a run ends below zero-shot CLIP."""
-    chance = math.log(n_classes)  # the cross-entropy of knowing nothing
-    collapsed = epochs > 20 and after.cross_entropy > 0.97 * chance and after.accuracy < 150 / n_classes
-    return (f"this is below zero-shot CLIP, with a cross-entropy of {after.cross_entropy:.2f} (chance: {chance:.2f}): "
-            f"try {'a smaller --lr' if collapsed else 'more --epochs or --shots'}.")
+def compare_variances(zero_shot, method, batches, machine):
+    """--variance: UPT's Appendix A -> its variances of zero-shot CLIP, "before", and of the method, "after"."""
+    variance = {"before": variances(zero_shot, batches, machine.autocast()),
+                "after": variances(method, batches, machine.autocast())}
+    print(f"variance    {variance}")
+    return variance
 
 
 def load_run(folder, device=None):
@@ -316,10 +313,6 @@ def load_run(folder, device=None):
     except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         raise UserError(f"{folder} does not fit this version of train.py ({error}): train again.") from error
     return method.eval()
-
-
-def quoted(papers):
-    return f"  ({'; '.join(f'{source}: {value:.2f}' for value, source in papers)})" if papers else ""
 
 
 if __name__ == "__main__":

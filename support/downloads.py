@@ -14,7 +14,11 @@ from pathlib import Path
 
 import torch
 
-from clip_min import MachineError, UserError
+from clip_min import UserError
+
+
+class MachineError(UserError):
+    """A file cannot be read for want of memory or permission. It may be whole, so it is kept."""
 
 
 def download(url, path, algorithm=None, digest=None, check=None):

@@ -150,6 +150,13 @@ def contents(folder):
     return folders, pictures, [name for name in files if not name.lower().endswith(SUFFIXES)]
 
 
+def pictures_below(folder):
+    """-> the paths of all pictures in a folder and in the folders inside it, by the same rule as in training."""
+    folders, pictures, _ = contents(folder)
+    inside = [path for name in folders for path in pictures_below(Path(folder, name))]
+    return sorted(inside + [Path(folder, name) for name in pictures])
+
+
 def find_files(folder, split):
     """The split with full paths, each file known to be there."""
     missing = [path for items in split.values() for path, _ in items if not os.path.exists(f"{folder}/{path}")]

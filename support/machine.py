@@ -1,13 +1,13 @@
-"""Where a run computes: the device, its precision, the processes that torchrun started, and how a program ends.
+"""Where a run computes: the device, its precision, and the processes that torchrun started.
 
-train.py and report.py call choose_machine() and exit_status(); train.py calls join_processes(), and average(), agree()
-and gather() wherever processes must come to the same. With one process these change nothing.
+train.py and report.py call choose_machine(). train.py runs inside join_processes(), and average(), agree() and gather()
+stand wherever its processes must come to the same. With one process these change nothing.
 """
 
 import os
 import signal
 import sys
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
 
@@ -48,10 +48,17 @@ def choose_machine(device, precision, workers):
     return Machine(device, {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision], workers)
 
 
+def device_name(device):
+    """-> the GPU's name, or "cpu"."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+@contextmanager
 def join_processes(machine):
-    """Under torchrun: the Machine with this process's number and its GPU. Only process 0 prints."""
+    """Under torchrun the block has the Machine with this process's number and its GPU. Only process 0 prints."""
     if not distributed.is_available() or not distributed.is_torchelastic_launched():
-        return machine
+        yield machine
+        return
     if machine.device.type == "cuda":
         machine = replace(machine, device=torch.device("cuda", int(os.environ["LOCAL_RANK"])))
         torch.cuda.set_device(machine.device)
@@ -60,7 +67,13 @@ def join_processes(machine):
     if distributed.get_rank():
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (as long as the process)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)  # torchrun ends those that wait for a process that has failed
-    return replace(machine, rank=distributed.get_rank(), processes=distributed.get_world_size())
+    ended_well = False
+    try:
+        yield replace(machine, rank=distributed.get_rank(), processes=distributed.get_world_size())
+        ended_well = True
+    finally:
+        if ended_well or backend == "gloo":  # NCCL would wait for the others, which may have failed or be waiting, too
+            distributed.destroy_process_group()
 
 
 @contextmanager
@@ -73,8 +86,13 @@ def process_0_first(machine):
             distributed.barrier()
 
 
-def average(loss, method, n):
-    """-> the mean loss of the processes, weighted by their numbers n of pictures. Gradients become their mean, too."""
+def average(loss, method, n, machine):
+    """-> the mean loss of the processes, weighted by the number n of pictures that each has.
+
+    The gradients of the method's learned tensors become the weighted mean, too.
+    """
+    if machine.processes == 1:
+        return loss
     learned = [p for p in method.parameters() if p.requires_grad]
     gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in learned]
     values = n * torch.cat([loss.new_ones(1), loss.reshape(1), *(gradient.flatten() for gradient in gradients)])
@@ -98,25 +116,9 @@ def gather(rows, machine):
     """The results for every batch, of which each process has those of its share, in the order of the batches."""
     if machine.processes == 1:
         return rows
-    hands = [None] * machine.processes
-    distributed.all_gather_object(hands, [row.cpu() for row in rows])
-    return [hand[i] for i in range(len(hands[0])) for hand in hands if i < len(hand)]
-
-
-def exit_status(program):
-    """Run a program. A user's mistake ends with one sentence and status 2, Ctrl-C and SIGTERM with one line and 130."""
-    with suppress(ValueError):  # only the main thread of a program hears signals
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Slurm ends a job: as Ctrl-C
-    try:
-        program()
-    except UserError as error:
-        sentence = str(error).rpartition("UserError: ")[2].strip()  # a DataLoader worker puts its traceback in front
-        print(f"error: {sentence}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\nstopped: the same command goes on from here", file=sys.stderr)
-        return 130
-    except BrokenPipeError:  # somebody reads the first lines only
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-    return 0
+    shares = [None] * machine.processes
+    distributed.all_gather_object(shares, [row.cpu() for row in rows])
+    in_order = []
+    for i in range(len(shares[0])):  # the first share is the longest
+        in_order += [share[i] for share in shares if i < len(share)]
+    return in_order

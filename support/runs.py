@@ -6,6 +6,7 @@ not at all, and a finished run is never lost.
 
 import csv
 import json
+import math
 import sqlite3
 import tempfile
 import time
@@ -25,35 +26,57 @@ CHECKPOINT_SECONDS = 30  # between the checkpoints of an epoch that takes longer
 
 @contextmanager
 def reserve(folder, again, machine):
-    """Keep a run for this process while the block runs. -> "", or a line that says why there is nothing to do."""
-    obstacle, connection, lock = "", None, folder.with_name(f"{folder.name}.lock")
-    if machine.rank == 0 and (folder / "result.json").exists() and not again:
-        obstacle = f"finished    {folder} (--again repeats it)"
-    elif machine.rank == 0:
-        make_folder(folder.parent)  # now, so that a place that cannot be written to does not cost a training
-        try:  # SQLite knows the locks of every system; they go with the process, however it ends
-            connection = sqlite3.connect(lock, timeout=0, isolation_level=None)
-            connection.execute("BEGIN EXCLUSIVE")
-        except sqlite3.OperationalError as error:
-            if "locked" not in str(error):
-                raise UserError(f"{lock} cannot be written ({error}): choose another --out.") from error
-            obstacle = f"in work     {folder} (by another process)"
+    """Keep a run for this command while the block runs. -> whether it is to be made; if not, a line says why.
+
+    again: whether a finished run is repeated. Of several processes that torchrun started, process 0 decides for all.
+    """
+    lock, obstacle = None, ""
+    if machine.rank == 0:
+        obstacle = finished(folder, again)
+        if not obstacle:
+            lock = lock_file(folder.with_name(f"{folder.name}.lock"))
+            # Another process may have finished the run between the first look and the lock.
+            obstacle = finished(folder, again) if lock else f"in work     {folder} (by another process)"
     obstacle = agree(obstacle, machine)
+    if obstacle:
+        print(obstacle)
     try:
-        yield obstacle
+        yield not obstacle
     finally:
+        if lock:
+            lock.close()
+            with suppress(OSError):  # on Windows another process may have it open
+                folder.with_name(f"{folder.name}.lock").unlink()
+
+
+def finished(folder, again):
+    """-> a line for a run that is finished and shall not be repeated, else ""."""
+    is_finished = (folder / "result.json").exists() and not again
+    return f"finished    {folder} (--again repeats it)" if is_finished else ""
+
+
+def lock_file(path):
+    """-> a lock, or None where another process has it. It ends with close(), or with the process."""
+    make_folder(path.parent)  # now, so that a place that cannot be written to does not cost a training
+    connection = None
+    try:  # SQLite knows the locks of every system
+        connection = sqlite3.connect(path, timeout=0, isolation_level=None)
+        connection.execute("BEGIN EXCLUSIVE")
+    except sqlite3.OperationalError as error:
         if connection:
             connection.close()
-            if not obstacle:
-                with suppress(OSError):  # on Windows another process may have it open
-                    lock.unlink()
+        if "locked" not in str(error):
+            raise UserError(f"{path} cannot be written ({error}): choose another --out.") from error
+        return None
+    return connection
 
 
 class Checkpoint:
     """What a run that was stopped goes on from: a file beside its folder, used for the same settings and pictures.
 
     It holds the learned tensors, the state of optimizer, scaler and random streams, the mean losses of the finished
-    epochs and the losses of the steps behind them.
+    epochs and the losses of the steps behind them. What is not finite is never
+    written.
     """
 
     def __init__(self, path, description, machine):
@@ -68,7 +91,8 @@ class Checkpoint:
             saved = load_tensors(self.path)
             if any(saved[key] != value for key, value in self.description.items()):
                 raise ValueError("other settings or pictures")
-            print(f"goes on     behind {len(saved['means'])} epochs and {len(saved['losses'])} steps")
+            n_epochs, n_steps = len(saved["epoch_losses"]), len(saved["step_losses"])
+            print(f"goes on     behind {n_epochs} epochs and {n_steps} steps")
             return saved
         except Exception as error:  # any file can stand there
             if getattr(error, "errno", None):  # the machine's trouble, not the file's
@@ -93,7 +117,8 @@ class Checkpoint:
             torch.set_rng_state(self.saved["random"])
             if self.machine.device.type == "cuda":
                 torch.cuda.set_rng_state(self.saved["random_cuda"], self.machine.device)
-            return self.saved["means"], [loss.to(self.machine.device) for loss in self.saved["losses"]]
+            step_losses = [loss.to(self.machine.device) for loss in self.saved["step_losses"]]
+            return self.saved["epoch_losses"], step_losses
 
     @contextmanager
     def name_what_does_not_fit(self):
@@ -103,17 +128,20 @@ class Checkpoint:
             detail = " ".join(str(error).split())[:80]
             raise UserError(f"{self.path} does not fit this run ({detail}): remove it to begin anew.") from error
 
-    def is_due(self):
-        return time.time() - self.written > CHECKPOINT_SECONDS
+    def write_if_due(self, method, optimizer, scaler, epoch_losses, step_losses):
+        """Write in the middle of an epoch, if the last checkpoint is old and all is finite: else a UserError."""
+        if time.time() - self.written > CHECKPOINT_SECONDS:
+            require_finite(step_losses, method, len(epoch_losses), optimizer)
+            self.write(method, optimizer, scaler, epoch_losses, step_losses)
 
-    def write(self, method, optimizer, scaler, means, losses):
-        """Replace the file, whole or not at all."""
+    def write(self, method, optimizer, scaler, epoch_losses, step_losses):
+        """Replace the file, whole or not at all. What it shall hold is finite, see require_finite()."""
         self.written = time.time()
         if self.machine.rank:
             return
         state = self.description | dict(
-            tensors=method.learned(), optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), means=means,
-            losses=losses, random=torch.get_rng_state())
+            tensors=method.learned(), optimizer=optimizer.state_dict(), scaler=scaler.state_dict(),
+            epoch_losses=epoch_losses, step_losses=step_losses, random=torch.get_rng_state())
         if self.machine.device.type == "cuda":
             state["random_cuda"] = torch.cuda.get_rng_state(self.machine.device)
         part = self.path.with_name(f"{self.path.name}.part")
@@ -130,22 +158,37 @@ class Checkpoint:
             path.unlink(missing_ok=True)
 
 
+def require_finite(step_losses, method, epoch, optimizer):
+    """UserError unless the losses of an epoch's steps so far, and all that the method would save, are finite."""
+    values = torch.stack(step_losses).tolist()
+    bad_steps = [step for step, value in enumerate(values, 1) if not math.isfinite(value)]
+    if not bad_steps and all(tensor.isfinite().all() for tensor in method.learned().values()):
+        return
+    step = bad_steps[0] if bad_steps else len(values)  # what the last step taught has no loss yet
+    raise UserError(f"The loss or what it taught is not finite in epoch {epoch + 1}, step {step}, at learning rate "
+                    f"{rates(optimizer)}: nothing was saved, try a smaller --lr or --precision fp32.")
+
+
+def rates(optimizer):
+    """-> the present learning rates, each once, such as "0.01/0.002"."""
+    return "/".join(dict.fromkeys(f"{group['lr']:.2g}" for group in optimizer.param_groups))
+
+
 def save_run(folder, bench, method, description, evaluation, result):
-    """Write a run's folder, whole or not at all: beside its place, then renamed."""
+    """Write a run's folder, whole or not at all: beside its place, then renamed.
+
+    description: what prompts.pt holds besides the tensors; evaluation: an Evaluation of the test pictures; result: what
+    result.json holds.
+    """
     prompts = description | {"tensors": {name: tensor.cpu() for name, tensor in method.learned().items()}}
-    rows = [("picture", "class", "predicted class", "probability")]
-    for (path, label), predicted, p in zip(bench.test, evaluation.predicted, evaluation.probability, strict=True):
-        rows.append((bench.relative(path), bench.classnames[label], bench.classnames[predicted], f"{p:.6f}"))
     try:
         clear_leftovers(folder)
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as temporary:
-            new = Path(temporary, "new")
+            new, old = Path(temporary, "new"), Path(temporary, "old")
             new.mkdir()
             torch.save(prompts, new / "prompts.pt")
-            with (new / "predictions.csv").open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
-                csv.writer(file).writerows(rows)
+            write_predictions(new / "predictions.csv", bench, evaluation)
             (new / "result.json").write_text(json.dumps(result, indent=1) + "\n")
-            old = Path(temporary, "old")
             if folder.exists():
                 folder.rename(old)
             try:
@@ -158,13 +201,26 @@ def save_run(folder, bench, method, description, evaluation, result):
         raise UserError(f"{folder} cannot be written ({error}): make room or choose another --out.") from error
 
 
+def write_predictions(path, bench, evaluation):
+    """A row for every test picture: its path in the data set's folder, its class, the predicted class, how likely."""
+    with path.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+        rows = csv.writer(file)
+        rows.writerow(["picture", "class", "predicted class", "probability"])
+        predictions = zip(bench.test, evaluation.predicted, evaluation.probability, strict=True)
+        for (picture, label), predicted, p in predictions:
+            rows.writerow([bench.relative(picture), bench.classnames[label], bench.classnames[predicted], f"{p:.6f}"])
+
+
 def warn_of_moved(bench, runs):
     """A user's folder that has grown may train on what earlier runs were tested on: their numbers do not compare."""
+    if not bench.own:
+        return
     tested = set()
-    for file in runs.rglob("predictions.csv") if bench.own else []:
+    for file in runs.rglob("predictions.csv"):
         with suppress(OSError, csv.Error), file.open(newline="", encoding="utf-8", errors="surrogateescape") as lines:
             tested |= {row.get("picture") for row in csv.DictReader(lines)}
-    if moved := tested & {bench.relative(path) for path, _ in bench.train}:
+    moved = tested & {bench.relative(path) for path, _ in bench.train}
+    if moved:
         print(f"warning: {len(moved)} training pictures were tested by earlier runs in {runs}: the folder has changed, "
               "compare with runs that are made again (--again).")
 
@@ -179,7 +235,8 @@ def make_folder(folder):
 def load_tensors(path):
     """A file that torch.save wrote. torch.load does not test the checksums of its archive, so that is done here."""
     with zipfile.ZipFile(path) as archive:
-        if damaged := archive.testzip():
+        damaged = archive.testzip()
+        if damaged:
             raise ValueError(f"{damaged} is damaged")
     return torch.load(path, map_location="cpu", weights_only=True)
 

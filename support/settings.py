@@ -17,6 +17,8 @@ from support.benchmarks import spell
 from support.weights import OPENAI_MODELS, dashes
 from support.world import WORLD
 
+RECIPE_FLAGS = ("epochs", "lr", "warmup_epochs", "batch_size")  # they override the recipe
+OTHER_FLAGS = dict(precision="auto", activation=None, template="", base_to_new=False)  # flags that also change a run
 WORLD_EPOCHS = 50  # on the drawn data sets the recipes are the papers' but for this, so that a run takes seconds
 
 
@@ -36,7 +38,7 @@ class Settings:
     precision: str
     templates: list  # the user's, else those of the recipe, else the data set's
     recipe: dict  # for this data set, these shots and options, with the user's flags
-    changed: dict  # what the user changed of options and recipe, spelled as in assets/published.csv
+    changed: dict  # what the user changed, spelled as in assets/published.csv; "set.lr" is an option called like --lr
 
     @property
     def folder(self):
@@ -72,42 +74,61 @@ def template(text):
 def resolve_settings(args, methods, data_name, method, shots, seed):
     """-> Settings of one run of the command: names settled, the recipe resolved, the user's flags on top."""
     name, data_path = data.identify(data_name)
-    backbone = args.backbone or ("tiny" if name in WORLD and not data_path else "ViT-B/16")
-    file, backbone_path = Path(backbone).expanduser(), ""
-    backbone = {dashes(name): name for name in OPENAI_MODELS}.get(backbone, backbone)
-    if file.exists() and backbone not in ("tiny", *OPENAI_MODELS):
-        backbone, backbone_path = file.name.removesuffix(file.suffix), str(file.resolve())
+    is_drawn = name in WORLD and not data_path
+    backbone, backbone_path = identify_backbone(args.backbone or ("tiny" if is_drawn else "ViT-B/16"))
     defaults = methods[method].default_options()
     options = parse_options(method, defaults, args.set)
     recipe, data_options = resolve_recipe(methods[method].recipe, options, "" if data_path else name, shots)
     templates = recipe.pop("templates", [])
-    flags = {key: value for key, value in vars(args).items() if key in recipe and value is not None}
-    default = defaults | data_options | recipe | dict(precision="auto", activation=None, template="", base_to_new=False)
-    chosen = options | flags | dict(precision=args.precision, activation=args.activation,
-                                    template=" | ".join(args.template), base_to_new=args.base_to_new)
-    changed = {key: spell(value) for key, value in chosen.items() if spell(value) != spell(default[key])}
-    return Settings(method, defaults | data_options | options, name, data_path, backbone, backbone_path, shots, seed,
-                    args.activation or "", args.precision, args.template or list(templates),
-                    override(recipe, flags), changed)
+    flags = {flag: getattr(args, flag) for flag in RECIPE_FLAGS if flag in recipe and getattr(args, flag) is not None}
+    others = {flag: getattr(args, flag) for flag in OTHER_FLAGS} | dict(template=" | ".join(args.template))
+    # Each is compared with its own default: a method may have an option that is called like a flag.
+    changed = {}
+    for option, value in differences(options, defaults | data_options).items():
+        changed[f"set.{option}" if option in (*RECIPE_FLAGS, *OTHER_FLAGS) else option] = value
+    changed |= differences(flags, recipe) | differences(others, OTHER_FLAGS)
+    return Settings(
+        method=method, options=defaults | data_options | options, data=name, data_path=data_path, backbone=backbone,
+        backbone_path=backbone_path, shots=shots, seed=seed, activation=args.activation or "",
+        precision=args.precision, templates=args.template or list(templates), recipe=override(recipe, flags),
+        changed=changed)
+
+
+def differences(chosen, defaults):
+    """-> {key: the chosen value as assets/published.csv spells it} where it is not the default."""
+    return {key: spell(value) for key, value in chosen.items() if spell(value) != spell(defaults[key])}
+
+
+def identify_backbone(backbone):
+    """-> its name and, of a user's own file or folder of weights, the absolute path, else ""."""
+    names = {dashes(name): name for name in OPENAI_MODELS}  # ViT-B-16 is ViT-B/16
+    backbone, path = names.get(backbone, backbone), Path(backbone).expanduser()
+    if path.exists() and backbone not in ("tiny", *OPENAI_MODELS):
+        return path.name.removesuffix(path.suffix), str(path.resolve())
+    return backbone, ""
 
 
 def resolve_recipe(recipe, options, data_name, shots):
     """-> what the paper does on this data set, with these shots and options; the method's options on this data set.
 
     In a method's recipe `epochs` may be a table by shots, `variants` has what differs with an option, `datasets` what
-    differs on a data set, options of the method among it, and `parts` the rates of single tensors.
+    differs on a data set, options of the method among it, and `parts` the rates of single tensors. A variant may have
+    `datasets` of its own.
     """
-    recipe = dict(recipe)
-    variants = recipe.pop("variants", {})
-    for key, value in options.items():
-        recipe |= variants.get(f"{key}={value}", {})
-    recipe |= recipe.pop("datasets", {}).get(data_name, {})
+    recipe = {"variants": {}, "datasets": {}, "options": {}} | recipe
+    variants = recipe.pop("variants")
+    for option, value in options.items():
+        recipe |= variants.get(f"{option}={value}", {})
+    datasets = recipe.pop("datasets")
+    recipe |= datasets.get(data_name, {})
+    data_options = recipe.pop("options")
     epochs = recipe.get("epochs")
     if data_name in WORLD and epochs:
         recipe["epochs"] = WORLD_EPOCHS
     elif isinstance(epochs, dict):  # the next lower count of shots decides, all pictures are the most
-        recipe["epochs"] = epochs[max(n for n in epochs if n <= shots or not shots)]
-    return recipe, recipe.pop("options", {})
+        in_table = [n for n in epochs if shots == 0 or n <= shots]
+        recipe["epochs"] = epochs[max(in_table)]
+    return recipe, data_options
 
 
 def override(recipe, flags):

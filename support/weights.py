@@ -1,18 +1,19 @@
-"""Every other form of CLIP weights: names, the hub, downloads, and files in the keys of open_clip or transformers.
+"""Every other form of CLIP weights: names, the hub, and files in the keys of open_clip, transformers or a training.
 
-clip_min.load_clip() hands over whatever is not OpenAI's own file; benchmarks.py fetches with download(). A file is
-fetched whole or not at all, nothing in it is run, and every fault ends in one sentence that names the file.
+clip_min.load_clip() hands over all that is not a file of OpenAI's. A file is fetched whole or not at all, nothing in it
+is run, and every fault ends in one sentence that names it and says what to do.
 """
 
 import gzip
 import json
 import re
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
-from clip_min import ASSETS, CLIP, UserError, named_faults, read_safetensors, read_weights
-from support.downloads import download
+from clip_min import ASSETS, CLIP, UserError, read_safetensors, read_weights
+from support.downloads import MachineError, download
 
 HUB = "https://huggingface.co/{}/resolve/main/{}"
 OPENAI_MODELS = {  # the repositories from which open_clip takes OpenAI's weights
@@ -23,6 +24,14 @@ CONFIGURATIONS = {  # of the weights files that folders and repositories have: o
     "open_clip_model.safetensors": "open_clip_config.json", "open_clip_pytorch_model.bin": "open_clip_config.json",
     "model.safetensors": "config.json", "pytorch_model.bin": "config.json",
 }
+
+
+def load(name, activation=None):
+    """-> CLIP. load_clip tells what a name may be, and what activation None means."""
+    return read_clip(find_weights(name), activation)
+
+
+# ---- From a name to a file ----
 
 
 def find_weights(name):
@@ -41,19 +50,31 @@ def find_weights(name):
     if not re.fullmatch(r"(?!ViT-)[\w-]+/[\w.-]+", repository) or path.suffix in (".pt", ".bin", ".safetensors"):
         raise UserError(f"There is no weights file {path}: give one, or a name of tiny, {', '.join(OPENAI_MODELS)}, or "
                         "owner/name of a CLIP on huggingface.co.")
-    for file, configuration in CONFIGURATIONS.items():
-        try:
-            for wanted in configuration, file:
-                download(HUB.format(repository, wanted), cache / repository / wanted, check=check_whole)
-            return cache / repository / file
-        except UserError as error:
-            if getattr(error.__cause__, "code", None) != 404:  # 404: the repository does not have this file
-                raise
-    raise UserError(f"{repository} on the hub has none of {', '.join(CONFIGURATIONS)}: name another.")
+    fetch = download_weights if repository in OPENAI_MODELS.values() else fetch_with_huggingface_hub
+    found = fetch(repository, cache / repository)
+    if found is None:
+        raise UserError(f"{repository} on the hub has none of {', '.join(CONFIGURATIONS)}: name another.")
+    return found
 
 
 def dashes(name):  # ViT-L/14@336px -> ViT-L-14-336px
     return name.replace("/", "-").replace("@", "-")
+
+
+def download_weights(repository, folder, advice=""):
+    """Put a repository's weights file and its configuration into folder -> the file, or None if there is none.
+
+    advice: what else a user may do where that fails.
+    """
+    for file, configuration in CONFIGURATIONS.items():
+        try:
+            for wanted in configuration, file:
+                download(HUB.format(repository, wanted), folder / wanted, check=check_whole)
+            return folder / file
+        except UserError as error:
+            if getattr(error.__cause__, "code", None) != 404:  # 404: the repository does not have this file
+                raise UserError(f"{str(error).removesuffix('.')}{advice}.") from error
+    return None
 
 
 def check_whole(path):
@@ -61,29 +82,75 @@ def check_whole(path):
     if ".json." in path.name:
         json.loads(path.read_bytes())
     else:
-        read_clip(path, path.parent)
+        read_clip(path)
 
 
-def load(name, activation):
-    path = find_weights(name)
-    return read_clip(path, path.parent, activation)
+def fetch_with_huggingface_hub(repository, folder):
+    """The same, into the cache of that package: it knows mirrors, tokens and offline mode, and resumes a download.
+
+    Where it is not installed our own download has to do, and an error names the package.
+    """
+    try:
+        from huggingface_hub import hf_hub_download
+        from huggingface_hub.utils import EntryNotFoundError, LocalEntryNotFoundError
+    except ImportError:
+        advice = "; pip install huggingface_hub brings its cache, mirrors, tokens and resume"
+        return download_weights(repository, folder, advice)
+    fault = None
+    for file, configuration in CONFIGURATIONS.items():
+        try:
+            snapshot = Path(hf_hub_download(repository, configuration)).parent  # named after its commit
+            return Path(hf_hub_download(repository, file, revision=snapshot.name))
+        except Exception as error:  # without a network the cache may still have another of the files
+            if not isinstance(error, EntryNotFoundError) or isinstance(error, LocalEntryNotFoundError):
+                fault = error
+    if fault:
+        detail = " ".join(str(fault).split())[:300]
+        raise UserError(f"huggingface_hub could not fetch {repository} ({detail}): try again, or put its files into "
+                        f"{folder} by hand.") from fault
+    return None
 
 
-def read_clip(path, folder, activation=None):
-    """The CLIP of a weights file, with the configuration in folder. UserError, or MachineError, names the file."""
-    with named_faults(path):
-        configuration = read_configuration(folder)
+# ---- From a file to a CLIP ----
+
+
+def read_clip(path, activation=None):
+    """The CLIP of a weights file, with the configuration beside it. UserError, or MachineError, names the file."""
+    with named_faults(path, " is not a whole weights file ({}): download it again."):
+        state = read_state(path)
+    with named_faults(path, ": These are not the weights of a CLIP ViT: {}."):
+        state = openai_keys(state)
+        for part, model in LOOKALIKES.items():
+            if any(part in key for key in state):
+                raise UserError(f"These are the weights of {model}, and only CLIPs with a ViT are supported: use "
+                                "ViT-B/16.")
+        configuration = read_configuration(path.parent)
         if activation:
             configuration["activation"] = activation
-        state = openai_keys(read_state(path))
-        try:
-            return CLIP.from_state_dict(state, **configuration)
-        except UserError as error:
-            for part, model in LOOKALIKES.items():
-                if any(part in key for key in state):
-                    raise UserError(f"These are the weights of {model}, and only CLIPs with a ViT are supported: use "
-                                    "ViT-B/16.") from error
-            raise
+        return CLIP.from_state_dict(state, **configuration)
+
+
+@contextmanager
+def named_faults(path, verdict):
+    """Whatever is raised becomes a UserError of one sentence: the file, and the verdict with the detail in its {}.
+
+    What the machine is to blame for becomes a MachineError.
+    """
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+    except Exception as error:  # a broken file can fail anywhere in the readers
+        detail = " ".join(str(error).split())[:200]
+        lacks_memory = isinstance(error, MemoryError) or "DefaultCPUAllocator" in detail  # PyTorch's is a RuntimeError
+        if lacks_memory or getattr(error, "errno", None):
+            detail = f"{type(error).__name__}, {detail}"
+            raise MachineError(f"{path} cannot be read on this machine ({detail}): the file is kept.") from error
+        refused = re.search(r"GLOBAL (\S+)", str(error))  # what torch.load calls anything but tensors
+        if refused:
+            raise UserError(f"{path} looks like a pickled module, it asks for {refused[1]}, and nothing of a file is "
+                            "run: save the module's state_dict() where it was made.") from error
+        raise UserError(str(path) + verdict.format(detail.rstrip("."))) from error
 
 
 def read_state(path):
@@ -96,24 +163,42 @@ def read_state(path):
 
 
 def read_configuration(folder):
-    """-> activation, vision_heads, text_heads, as open_clip or transformers states them in the folder, or {}."""
+    """-> {activation, vision_heads, text_heads}, as open_clip or transformers states them in the folder, or {}."""
     for path in folder / "open_clip_config.json", folder / "config.json":
         try:
             config = json.loads(path.read_bytes()) if path.is_file() else {}
-            if "model_cfg" in config:  # open_clip, with its default values
-                quick = config["model_cfg"].get("quick_gelu", folder.name.lower().endswith(("-quickgelu", ".openai")))
-                vision, text = config["model_cfg"]["vision_cfg"], config["model_cfg"]["text_cfg"]
-                vision_heads = vision.get("width", 768) // vision.get("head_width", 64)
-                return dict(activation="quickgelu" if quick else "gelu", vision_heads=vision_heads,
-                            text_heads=text.get("heads", 8))
-            if config.get("model_type") == "clip":  # transformers, with its default values
-                vision, text = config["vision_config"], config["text_config"]
-                activation = vision.get("hidden_act", "quick_gelu").replace("_", "")
-                return dict(activation=activation, vision_heads=vision.get("num_attention_heads", 12),
-                            text_heads=text.get("num_attention_heads", 8))
-        except (AttributeError, LookupError, TypeError, ValueError) as error:
+            if "model_cfg" in config:
+                return from_open_clip_config(config["model_cfg"], folder)
+            if config.get("model_type") == "clip":
+                return from_transformers_config(config)
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
             raise UserError(f"{path} is not the configuration of a CLIP ({error}), mend or remove it.") from error
     return {}
+
+
+def from_open_clip_config(config, folder):
+    """open_clip's settings, with its default values. Where QuickGELU is not mentioned, the model's name tells it."""
+    in_hub_cache = folder.parent.name == "snapshots"  # models--owner--name/snapshots/commit
+    name = folder.parents[1].name if in_hub_cache else folder.name
+    is_quick = config.get("quick_gelu", name.lower().endswith(("-quickgelu", ".openai")))
+    vision, text = config["vision_cfg"], config["text_cfg"]
+    vision_heads = vision.get("width", 768) // vision.get("head_width", 64)
+    return checked("quickgelu" if is_quick else "gelu", vision_heads, text.get("heads", 8))
+
+
+def from_transformers_config(config):
+    """transformers' settings, with its default values."""
+    vision, text = config["vision_config"], config["text_config"]
+    activation = vision.get("hidden_act", "quick_gelu").replace("_", "")
+    return checked(activation, vision.get("num_attention_heads", 12), text.get("num_attention_heads", 8))
+
+
+def checked(activation, vision_heads, text_heads):
+    """The arguments of CLIP.from_state_dict, which itself makes sure that the activation is known."""
+    for heads in vision_heads, text_heads:
+        if type(heads) is not int or heads < 1:
+            raise ValueError(f"{heads} attention heads")
+    return dict(activation=activation, vision_heads=vision_heads, text_heads=text_heads)
 
 
 LOOKALIKES = {  # what the keys of other models contain

@@ -50,12 +50,13 @@ import torch
 import torch.nn.functional as F
 from conftest import B16, B32, TINY, openai_clip, random_state_dict
 from PIL import Image
+from test_weights import save_torchscript
 from torch import nn
 from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
 
 import data
-from clip_min import CLIP, full_precision, preprocess, tokenize
+from clip_min import CLIP, full_precision, load_clip, preprocess, tokenize
 from fgvpl import object_patches
 from support.machine import Machine
 from train import METHODS
@@ -585,6 +586,30 @@ def default_run(device):
     return not missed
 
 
+def small_waits():
+    """What a user waits for before anything is learned, on a quiet machine. -> whether the targets are met."""
+    with tempfile.TemporaryDirectory() as folder:
+        rows = [[f"{label}/{i}.jpg", label, f"n{label}"] for label in range(10) for i in range(2700)]
+        for path, _, _ in rows:
+            Path(folder, path).parent.mkdir(exist_ok=True)
+            Path(folder, path).touch()
+        Path(folder, "split.json").write_text(json.dumps({"train": rows[::2], "val": [], "test": rows[1::2]}))
+        archive = Path(folder, "ViT-B-16.pt")
+        save_torchscript({key: value.half() for key, value in random_state_dict(**B16).items()}, archive)
+        names = [f"{a} {b}" for a in NAMES for b in NAMES][:1000]
+        tokenize(names)
+        waits = [("27,000 pictures are found", lambda: data.load(folder, shots=0), 2),
+                 ("an archive of ViT-B/16 is read", lambda: load_clip(archive), 3),
+                 ("1,000 names are encoded again", lambda: tokenize(names), 0.5)]
+        print()
+        missed = []
+        for name, function, target in waits:
+            took = min(seconds(function, "cpu") for _ in range(3))
+            missed.append(took >= target)
+            print(f"{name}: {took:.2f} s (target {target}){' **missed**' if missed[-1] else ''}", flush=True)
+    return not any(missed)
+
+
 def growth(backbone, device):
     """Print how time and memory grow. A slope is that of their logarithms since the row above: 1 where it is linear."""
     print("\n| | number | steps a second | slope | peak GB | slope |\n|---|---|---|---|---|---|")
@@ -669,6 +694,8 @@ def main(argv=None):
             cases.append(MANY_CLASSES)
         met += [compare(case, backbone, args.device) for backbone in backbones for case in cases]
         met.append(default_run(args.device))
+        if args.device == "cpu":
+            met.append(small_waits())
         if args.all:
             met.append(many_classes(backbones[0], args.device))
     if args.all or args.growth:

@@ -1,8 +1,11 @@
 """What several tests need: random CLIPs of any size under OpenAI's key names, and OpenAI's own code where installed."""
 
+import functools
 import importlib.util
 import math
+import random
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -21,22 +24,28 @@ def pytest_configure(config):
     config.addinivalue_line("markers", "cuda: needs a CUDA GPU, and is skipped without one")
 
 
+def random_numbers(rng, *shape, std=1.0):
+    """Numbers of a random.Random, spread evenly about zero with this standard deviation, the same on every machine.
+
+    torch.randn rounds otherwise on another processor, and what was recorded no longer belongs to the weights.
+    """
+    numbers = torch.frombuffer(bytearray(rng.randbytes(2 * math.prod(shape))), dtype=torch.int16)
+    return numbers.reshape(shape) * (std * 3**0.5 / 2**15)  # spread from -1 to 1 they deviate by 1 / sqrt(3)
+
+
 def random_state_dict(
     joint, resolution, vision_layers, vision_width, patch, text_width, text_layers, vocab=49408, seed=0):
     """Random weights under OpenAI's keys, on the scale of CLIP's initialisation, so that no layer saturates."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def normal(*shape, std):
-        return torch.randn(*shape, generator=generator) * std
+    draw = functools.partial(random_numbers, random.Random(seed))
 
     state = {
-        "visual.class_embedding": normal(vision_width, std=vision_width**-0.5),
-        "visual.positional_embedding": normal((resolution // patch) ** 2 + 1, vision_width, std=vision_width**-0.5),
-        "visual.proj": normal(vision_width, joint, std=vision_width**-0.5),
-        "visual.conv1.weight": normal(vision_width, 3, patch, patch, std=(3 * patch * patch) ** -0.5),
-        "token_embedding.weight": normal(vocab, text_width, std=0.02),
-        "positional_embedding": normal(77, text_width, std=0.01),
-        "text_projection": normal(text_width, joint, std=text_width**-0.5),
+        "visual.class_embedding": draw(vision_width, std=vision_width**-0.5),
+        "visual.positional_embedding": draw((resolution // patch) ** 2 + 1, vision_width, std=vision_width**-0.5),
+        "visual.proj": draw(vision_width, joint, std=vision_width**-0.5),
+        "visual.conv1.weight": draw(vision_width, 3, patch, patch, std=(3 * patch * patch) ** -0.5),
+        "token_embedding.weight": draw(vocab, text_width, std=0.02),
+        "positional_embedding": draw(77, text_width, std=0.01),
+        "text_projection": draw(text_width, joint, std=text_width**-0.5),
         "logit_scale": torch.tensor(math.log(100.0)),
     }
     norms = {"visual.ln_pre": vision_width, "visual.ln_post": vision_width, "ln_final": text_width}
@@ -47,12 +56,35 @@ def random_state_dict(
             norms |= {f"{block}.ln_1": width, f"{block}.ln_2": width}
             linears = {"attn.in_proj_": (3, 1), "attn.out_proj.": (1, 1), "mlp.c_fc.": (4, 1), "mlp.c_proj.": (1, 4)}
             for name, (rows, columns) in linears.items():
-                state[f"{block}.{name}weight"] = normal(rows * width, columns * width, std=(columns * width) ** -0.5)
-                state[f"{block}.{name}bias"] = normal(rows * width, std=0.02)
+                state[f"{block}.{name}weight"] = draw(rows * width, columns * width, std=(columns * width) ** -0.5)
+                state[f"{block}.{name}bias"] = draw(rows * width, std=0.02)
     for name, width in norms.items():
-        state[f"{name}.weight"] = 1 + normal(width, std=0.1)
-        state[f"{name}.bias"] = normal(width, std=0.1)
+        state[f"{name}.weight"] = 1 + draw(width, std=0.1)
+        state[f"{name}.bias"] = draw(width, std=0.1)
     return state
+
+
+@contextmanager
+def at_most(calls):
+    """The block makes no more calls of functions: a limit that is the same on a slow machine and a busy one.
+
+    It ends at the first call too many, so that work without an end fails as well.
+    """
+    made = 0
+
+    def count(_, event, __):
+        nonlocal made
+        made += event in ("call", "c_call")
+        if made > calls:
+            sys.setprofile(None)
+            raise AssertionError(f"more than {calls} calls of functions")
+
+    sys.setprofile(count)
+    try:
+        yield
+    finally:
+        sys.setprofile(None)
+    assert made <= calls, "the error of the first call too many was caught"
 
 
 def random_clip(**sizes):

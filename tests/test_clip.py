@@ -12,7 +12,6 @@ import math
 import random
 import shutil
 import sys
-import time
 from pathlib import Path
 
 import ftfy
@@ -23,9 +22,11 @@ from conftest import (
     B16,
     B32,
     TINY,
+    at_most,
     openai_clip,
     openai_module,
     random_clip,
+    random_numbers,
     random_state_dict,
 )
 from PIL import Image
@@ -104,11 +105,11 @@ def ids_of(text):
 
 
 def picture(resolution, n=1, seed=1):
-    return torch.randn(n, 3, resolution, resolution, generator=torch.Generator().manual_seed(seed))
+    return random_numbers(random.Random(seed), n, 3, resolution, resolution)
 
 
 def checksum(state):
-    """Another stream of random numbers moves this by whole units, another CPU's rounding by a millionth."""
+    """Other weights move this by whole units, another order of the sum by less than a millionth."""
     return sum(float(tensor.sum(dtype=torch.float64)) for tensor in state.values())
 
 
@@ -256,13 +257,9 @@ def test_a_text_too_long_is_named_among_the_others_with_its_count():
 def test_each_word_is_encoded_once():
     rng = random.Random(0)
     names = [" ".join("".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=25)) for _ in range(2)) for _ in range(1000)]
-    seconds = []
-    for _ in range(4):
-        start = time.process_time()
+    tokenize(names)
+    with at_most(300 * len(names)):  # 130 for a name; 700 where its words are encoded again
         tokenize(names)
-        seconds.append(time.process_time() - start)
-    assert min(seconds[1:]) < seconds[0] / 2
-    assert min(seconds[1:]) < 0.5, "milliseconds on an idle machine"
 
 
 def test_without_its_vocabulary_the_tokenizer_says_where_to_get_it(tmp_path):
@@ -284,7 +281,7 @@ def test_towers_equal_the_outputs_recorded_from_openai(sized):
     recorded = json.loads((FIXTURES / "towers.json").read_text())[name]
     assert checksum(state) == pytest.approx(recorded["checksum"], abs=1e-2), (
         "The random weights are not those of the record, so this says nothing about the towers: "
-        "run python tests/test_clip.py --record on the version of torch in use."
+        "random_state_dict was changed, run python tests/test_clip.py --record."
     )
     with torch.no_grad():
         assert_equal(clip.encode_image(picture(clip.visual.resolution)), torch.tensor(recorded["image"]))
@@ -667,6 +664,20 @@ def test_preprocess_crops_the_centre_and_subtracts_clips_mean():
     torch.testing.assert_close(preprocess(32)(wide), torch.tensor(expected).view(3, 1, 1).expand(3, 32, 32))
 
 
+@pytest.mark.parametrize("width, height", [(60, 45), (45, 60), (32, 32), (97, 33), (20, 31)])
+def test_preprocess_is_openais_to_the_number(width, height):
+    """Bicubic, the shorter side to the resolution, the centre, CLIP's mean and deviation: written out here."""
+    picture = Image.frombytes("RGB", (width, height), random.Random(0).randbytes(3 * width * height))
+    short = min(width, height)
+    size = (int(32 * width / short), int(32 * height / short))
+    left, top = (round((side - 32) / 2) for side in size)
+    small = picture.resize(size, Image.Resampling.BICUBIC).crop((left, top, left + 32, top + 32))
+    pixels = torch.tensor(list(small.tobytes())).view(32, 32, 3).permute(2, 0, 1) / 255
+    mean = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(3, 1, 1)
+    deviation = torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(3, 1, 1)
+    torch.testing.assert_close(preprocess(32)(picture), (pixels - mean) / deviation)
+
+
 # ---- from_state_dict ----
 
 
@@ -740,12 +751,6 @@ def test_a_wrong_shape_is_refused(key, change):
 def test_what_is_not_a_state_dict_is_refused(content):
     with pytest.raises(UserError, match="not the weights of a CLIP ViT"):
         CLIP.from_state_dict(content)
-
-
-def test_a_resnet_is_refused_in_one_sentence():
-    state = random_state_dict(**TINY, vocab=100) | {"visual.layer1.0.conv1.weight": torch.zeros(64, 64, 1, 1)}
-    with pytest.raises(UserError, match="^[^.]*ResNet CLIP[^.]*ViT-B/16\\.$"):
-        CLIP.from_state_dict(state)
 
 
 # ---- The meta device: a tensor that a forward makes on the CPU fails there, as it would on a GPU ----

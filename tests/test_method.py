@@ -2,11 +2,7 @@
 
 import ast
 import copy
-import importlib
-import json
 import re
-import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,7 +11,6 @@ import torch.nn.functional as F
 from conftest import TINY, random_state_dict
 from test_clip import assert_equal, picture
 
-import data
 import train
 from clip_min import CLIP, Method, UserError
 
@@ -462,85 +457,3 @@ def test_a_method_file_opens_with_a_short_head_and_has_no_long_lines(file):
     head = ast.get_docstring(ast.parse(source))
     assert len(head.splitlines()) <= 40 and max(map(len, source.splitlines())) <= 120
     assert re.search(r"arXiv:\d{4}\.\d{5}|doi 10\.", head) and "Eq. " in head and "To use it elsewhere, copy" in head
-
-
-# ---- A method of your own ----
-
-EXAMPLE = '''
-```python
-"""correction.py: learn a linear correction of the image feature, the smallest adapter there is.
-
-    z = f + ratio f A      f (B, E) unit      A (E, E) learned, zeros at first: training starts at zero-shot CLIP
-"""
-
-import torch.nn.functional as F
-from torch import nn
-
-from clip_min import Method
-
-
-class Correction(Method):
-    recipe = dict(optimizer="sgd", momentum=0.9, weight_decay=5e-4, lr=0.002, warmup_epochs=1, batch_size=32,
-                  crop_scale=(0.08, 1.0), epochs=50)
-
-    def __init__(self, clip, classnames, templates=("a photo of a {}.",), *, ratio=1.0):
-        super().__init__(clip, classnames, templates)
-        self.ratio, joint = ratio, self.zero_shot.shape[1]
-        self.a = nn.Parameter(self.zero_shot.new_zeros(joint, joint))
-
-    def encode_image(self, images, text=None):
-        f = F.normalize(self.clip.encode_image(images), dim=-1)
-        return f + self.ratio * f @ self.a
-```
-
-```python
-from correction import Correction
-
-METHODS["correction"] = Correction
-```
-'''
-
-
-@pytest.fixture
-def example(tmp_path, monkeypatch):
-    """The README's own method, written to a file and entered into METHODS as the README says. -> its name."""
-    _, found, section = (ROOT / "README.md").read_text(encoding="utf-8").partition("\n## Write your own method\n")
-    blocks = re.findall(r"```python\n(.*?)```", section.split("\n## ")[0] if found else EXAMPLE, re.DOTALL)
-    file, entry = blocks[:2]
-    name = re.search(r"(\w+)\.py", file)[1]
-    (tmp_path / f"{name}.py").write_text(file, encoding="utf-8")
-    monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.setattr(train, "METHODS", dict(METHODS))
-    monkeypatch.delitem(sys.modules, name, raising=False)
-    importlib.invalidate_caches()
-    exec(entry, dict(METHODS=train.METHODS))
-    yield name
-    del sys.modules[name]
-
-
-def test_the_readmes_own_method_trains(example, tmp_path, monkeypatch):
-    load = data.load
-    monkeypatch.setattr(data, "load", lambda *args: replace(b := load(*args), test=b.test[::4]))  # to save time
-    flags = ["--shots", "4", "--epochs", "6", "--batch-size", "8", "--warmup-epochs", "0", "--lr", "0.01"]
-    assert train.main(["--method", example, *flags, "--set", "ratio=0.9", "--device", "cpu", "--root", str(tmp_path),
-                       "--out", str(tmp_path / "runs")]) == 0
-    (path,) = tmp_path.glob(f"runs/shapes/{example},*/tiny_4shot_seed1/result.json")
-    result = json.loads(path.read_text(encoding="utf-8"))
-    assert result["options"] == dict(ratio=0.9) and result["trainable_parameters"] == 128**2
-    assert result["accuracy"] > result["zero_shot"] + 10 and result["losses"][-1] < result["losses"][0]
-    method = train.load_run(path.parent, "cpu")
-    zero_shot, images = Method(method.clip, method.classnames), picture(method.clip.visual.resolution, 2)
-    assert type(method).__name__.lower() == example and not torch.allclose(method(images), zero_shot(images), rtol=1e-2)
-
-
-def test_the_readmes_own_method_keeps_the_promises(example, clip, monkeypatch):
-    torch.manual_seed(0)
-    method = train.METHODS[example](clip, NAMES)
-    assert_equal(logits(method), logits(Method(clip, NAMES)))
-    before = copied(clip.state_dict())
-    train_steps(method)
-    assert same_tensors(clip.state_dict(), before) and all(p.grad.abs().max() > 0 for p in learned(method).values())
-    other = train.METHODS[example](clip, NAMES)
-    other.load_learned(method.learned())
-    assert torch.equal(logits(other), logits(method)) and len(method.attention(IMAGES)) == 1
-    assert method.for_classes(OTHERS[:2])(IMAGES).shape == (4, 2)

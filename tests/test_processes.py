@@ -8,9 +8,11 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -18,6 +20,7 @@ import torch
 from test_train import only_run, run_folders, world  # noqa: F401 (a fixture)
 
 import train
+from clip_min import UserError
 from support import machine, runs
 from support.machine import Machine
 
@@ -36,7 +39,7 @@ def call(target, *args):
     """Run a function in a process of its own. -> its exit status."""
     process = FORKSERVER.Process(target=target, args=args)
     process.start()
-    process.join(120)
+    process.join(600)
     return process.exitcode
 
 
@@ -128,9 +131,9 @@ def test_a_checkpoint_of_another_run_or_none_at_all_is_not_used(flags, stopped, 
         saved |= {"seed": 2} if spoil == "settings" else {"train": dict.fromkeys(saved["train"], "0")}
         torch.save(saved, stopped)
     assert train.main(list(map(str, flags))) == 0
-    (warning,) = re.findall("^warning: .*$", capsys.readouterr().out, re.MULTILINE)
-    assert str(stopped) in warning and "begins anew" in warning
-    assert call(start, [*flags, "--out", tmp_path / "whole"]) == 0
+    (warning,) = re.findall("^warning: .*begins anew.*$", capsys.readouterr().out, re.MULTILINE)
+    assert str(stopped) in warning
+    assert train.main([str(flag) for flag in [*flags, "--out", tmp_path / "whole"]]) == 0  # with as many threads
     assert outcome(only_run(tmp_path / "runs"))[1] == outcome(only_run(tmp_path / "whole"))[1]
     assert not stopped.exists()
 
@@ -179,7 +182,7 @@ def test_sigterm_is_as_ctrl_c_and_a_second_process_leaves_the_run_to_the_first(f
     (line,) = capsys.readouterr().out.splitlines()
     assert line.startswith("in work ") and "coop" in line
     program.send_signal(signal.SIGTERM)
-    _, error = program.communicate(timeout=60)
+    _, error = program.communicate(timeout=300)
     assert program.returncode == 130 and "the same command goes on" in error and len(error.strip().splitlines()) == 1
     (folder,) = [path.parent for path in (tmp_path / "runs").rglob("*.checkpoint")]
     assert not list(folder.glob("*.lock"))
@@ -195,7 +198,7 @@ def test_of_a_sweep_the_second_process_takes_the_next_run(flags, tmp_path, capsy
     held = FORKSERVER.Event()
     holder = FORKSERVER.Process(target=hold, args=(folders[0], held))
     holder.start()
-    assert held.wait(60)
+    assert held.wait(300)
     assert train.main([*map(str, flags), "--seeds", "1", "2"]) == 0
     assert f"in work     {folders[0]}" in capsys.readouterr().out
     assert run_folders(tmp_path / "runs") == [folders[1]]
@@ -205,10 +208,27 @@ def test_of_a_sweep_the_second_process_takes_the_next_run(flags, tmp_path, capsy
     assert sorted(run_folders(tmp_path / "runs")) == folders
 
 
+@pytest.mark.parametrize("again", [False, True])
+def test_a_run_that_another_process_finishes_before_the_lock_is_had_is_not_made_twice(
+        tmp_path, monkeypatch, capsys, again):
+    folder, lock_file = tmp_path / "seed1", runs.lock_file
+
+    def finish_and_lock(path):
+        folder.mkdir()
+        (folder / "result.json").touch()
+        return lock_file(path)
+
+    monkeypatch.setattr(runs, "lock_file", finish_and_lock)
+    with train.reserve(folder, again, Machine(torch.device("cpu"))) as is_ours:
+        assert is_ours == again
+        assert ("finished" in capsys.readouterr().out) != again
+    assert not list(tmp_path.glob("*.lock"))
+
+
 def hold(folder, held):
     with train.reserve(folder, False, Machine(torch.device("cpu"))):
         held.set()
-        time.sleep(60)
+        time.sleep(300)
 
 
 # ---- Several processes ----
@@ -226,8 +246,8 @@ def test_two_processes_learn_and_answer_as_one(flags, tmp_path):
     for words in sweep:
         program = shell("-m", "torch.distributed.run", "--nproc_per_node", 2, "--standalone", "train.py",
                         *words, "--out", tmp_path / "two", env=os.environ | {"OMP_NUM_THREADS": "1"})
-        out, error = program.communicate(timeout=200)
-        assert program.returncode == 0, error
+        out, error = program.communicate(timeout=600)
+        assert program.returncode == 0 and "terminate called" not in error, error
         assert out.count("accuracy ") == (1 if "--set" in words else 7)  # process 0 alone speaks
         assert call(start, [*words, "--out", tmp_path / "runs"]) == 0
     ones, twos = run_folders(tmp_path / "runs"), run_folders(tmp_path / "two")
@@ -237,12 +257,55 @@ def test_two_processes_learn_and_answer_as_one(flags, tmp_path):
         (result, tensors, *_), (shared_result, shared, *_) = outcome(one), outcome(two)
         for name in tensors:
             a, b = torch.tensor(tensors[name]), torch.tensor(shared[name])
-            assert torch.allclose(b, a, rtol=0, atol=1e-5), f"{one}, {name}: {(b - a).abs().max()} apart"
+            apart, scale = float((b - a).abs().max()), float(a.abs().max())
+            assert apart <= 5e-4 * scale, f"{one}, {name}: {apart} apart"  # rounding, of which AdamW makes 7e-5
         assert shared_result["accuracy"] == result["accuracy"]
-        assert shared_result["losses"] == pytest.approx(result["losses"], rel=1e-5)
+        assert shared_result["losses"] == pytest.approx(result["losses"], rel=1e-4)
         with (two / "predictions.csv").open() as file, (one / "predictions.csv").open() as other:
             answers = [[row["predicted class"] for row in csv.DictReader(lines)] for lines in (file, other)]
         assert answers[0] == answers[1]
+
+
+@pytest.mark.parametrize("failure", [None, UserError, KeyboardInterrupt])
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_the_group_of_processes_is_destroyed_however_the_program_ends(monkeypatch, device, failure):
+    """NCCL would wait for the other processes, so with it a failure leaves the group to the end of the process."""
+    destroyed = []
+    for name, value in dict(is_torchelastic_launched=True, init_process_group=None, get_rank=0, get_world_size=2,
+                            destroy_process_group=None).items():
+        monkeypatch.setattr(machine.distributed, name, lambda *_, name=name, value=value, **__: (
+            destroyed.append(name) if name.startswith("destroy") else value))
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
+    with suppress(UserError, KeyboardInterrupt), machine.join_processes(Machine(torch.device(device))) as joined:
+        assert (joined.rank, joined.processes) == (0, 2) and not destroyed
+        if failure:
+            raise failure
+    assert len(destroyed) == (device == "cpu" or not failure)
+
+
+def start_one_of_two(flags, rank, port, *death):
+    """A process of two, as torchrun starts it."""
+    os.environ |= dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1",
+                       MASTER_PORT=str(port), TORCHELASTIC_RUN_ID="test")
+    if rank == 1:
+        start_and_die(flags, *death)
+    start(flags)
+
+
+@pytest.mark.parametrize("death", [(train.METHODS["coop"], "loss", 2, False), ("train", "evaluate", 2, True)], ids=str)
+def test_a_process_whose_partner_has_died_ends_too(flags, death):
+    """In the midst of the training; behind its last exchange with the other."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    both = [FORKSERVER.Process(target=start_one_of_two, args=(flags, rank, port, *death)) for rank in (0, 1)]
+    for process in both:
+        process.start()
+    for process in both:
+        process.join(120)
+    assert both[1].exitcode == -signal.SIGKILL
+    assert both[0].exitcode == (1 if death[1] == "loss" else 0)  # neither hangs nor is aborted
 
 
 @pytest.mark.parametrize("n_batches", [1, 2, 5, 6])
