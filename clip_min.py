@@ -46,10 +46,6 @@ class UserError(ValueError):
     """Something the user can mend: train.py prints the one sentence and exits with status 2, without a traceback."""
 
 
-class MachineError(UserError):
-    """A file cannot be read for want of memory or permission. It may be whole, so it is kept."""
-
-
 def full_precision(device):
     """A context without autocast, for the few steps that need fp32. The meta device knows no autocast."""
     return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
@@ -152,10 +148,7 @@ MANY_TEXTS = 500  # from here on TextBlock saves memory at the cost of a little 
 
 
 class Attention(nn.Module):
-    """Multi-head attention under OpenAI's key names, cut in two: projections, then attention over given keys.
-
-    Queries, keys and values have the shape (.., T, 3, H, d) behind their common product: T tokens, H heads, d = D / H.
-    """
+    """Multi-head attention's weights under OpenAI's key names: H heads of width d = D / H. See attend()."""
 
     def __init__(self, width, heads=None):
         super().__init__()
@@ -164,19 +157,11 @@ class Attention(nn.Module):
         self.in_proj_bias = nn.Parameter(torch.empty(3 * width))
         self.out_proj = nn.Linear(width, width)
 
-    def query_key_value(self, x):
-        """(.., D) -> (.., 3, H, d)."""
-        return F.linear(x, self.in_proj_weight, self.in_proj_bias).unflatten(-1, (3, self.heads, -1))
-
-    def query(self, x):
-        """(.., D) -> (.., 1, H, d)."""
-        d = x.shape[-1]
-        return F.linear(x, self.in_proj_weight[:d], self.in_proj_bias[:d]).unflatten(-1, (1, self.heads, -1))
-
-    def key_value(self, x):
-        """(.., D) -> (.., 2, H, d)."""
-        d = x.shape[-1]
-        return F.linear(x, self.in_proj_weight[d:], self.in_proj_bias[d:]).unflatten(-1, (2, self.heads, -1))
+    def project(self, x, first=0, last=3):
+        """x (.., D) -> (.., 3, H, d): queries, keys and values; or some of them, such as 1 to 3, keys and values."""
+        rows = slice(first * x.shape[-1], last * x.shape[-1])
+        projected = F.linear(x, self.in_proj_weight[rows], self.in_proj_bias[rows])
+        return projected.unflatten(-1, (last - first, self.heads, -1))
 
 
 def attend(q, kv, mask=None, causal=False):
@@ -206,14 +191,14 @@ class Block(nn.Module):
         picture, and their LayerNorm, keys and values are computed once. Outputs and gradients are those of
         block(cat([x, prompts]))[:, :T].
         """
-        q, kv = self.attn.query_key_value(self.ln_1(x)).split([1, 2], dim=2)
+        q, kv = self.attn.project(self.ln_1(x)).split([1, 2], dim=2)
         return self.add_attention_and_mlp(x, attend(q, self.with_prompts(kv, prompts)))
 
     def with_prompts(self, kv, prompts):
         """Keys and values (B, T, 2, H, d) -> (B, T+P, 2, H, d)."""
         if prompts is None:
             return kv
-        of_prompts = self.attn.key_value(self.ln_1(prompts))  # (P, 2, H, d), or (B, P, 2, H, d)
+        of_prompts = self.attn.project(self.ln_1(prompts), 1, 3)  # (P, 2, H, d), or (B, P, 2, H, d)
         return torch.cat([kv, of_prompts.expand(len(kv), -1, -1, -1, -1)], dim=1)
 
     def add_attention_and_mlp(self, x, attended):
@@ -222,7 +207,7 @@ class Block(nn.Module):
 
     def attention_weights(self, x, prompts=None):
         """The weights that forward(x, prompts) uses, for rollout and maps: -> (B, H, T, T+P), rows sum to 1."""
-        q, kv = self.attn.query_key_value(self.ln_1(x)).split([1, 2], dim=2)
+        q, kv = self.attn.project(self.ln_1(x)).split([1, 2], dim=2)
         k = self.with_prompts(kv, prompts)[:, :, 0]  # (B, T+P, H, d)
         return (q.squeeze(2).transpose(1, 2) @ k.permute(0, 2, 3, 1) / math.sqrt(q.shape[-1])).softmax(dim=-1)
 
@@ -233,9 +218,9 @@ class LastBlock(Block):
     def forward(self, x, prompts=None, mask=None):
         """prompts as in Block; mask (B, T+P) is True for the tokens that the class token looks at, None: at all."""
         h = self.ln_1(x)
-        kv = self.with_prompts(self.attn.key_value(h), prompts)
+        kv = self.with_prompts(self.attn.project(h, 1, 3), prompts)
         mask = None if mask is None else mask[:, None, None]  # (B, 1, 1, T+P): the same for every head
-        return self.add_attention_and_mlp(x[:, :1], attend(self.attn.query(h[:, :1]), kv, mask))
+        return self.add_attention_and_mlp(x[:, :1], attend(self.attn.project(h[:, :1], 0, 1), kv, mask))
 
     def all_tokens(self, x):
         """(B, T, D) -> (B, T, D), for those who do read the others."""
@@ -300,7 +285,7 @@ class TextBlock(Block):
     """
 
     def forward(self, x, layout):
-        return self.add_attention_and_mlp(x, layout.attend(self.attn.query_key_value(self.ln_1(x))))
+        return self.add_attention_and_mlp(x, layout.attend(self.attn.project(self.ln_1(x))))
 
 
 class LastTextBlock(Block):
@@ -308,8 +293,8 @@ class LastTextBlock(Block):
 
     def forward(self, x, layout):
         h = self.ln_1(x)
-        q = self.attn.query(h[layout.eot]).unsqueeze(1)  # (K, 1, 1, H, d)
-        common, own = layout.split(self.attn.key_value(h))
+        q = self.attn.project(h[layout.eot], 0, 1).unsqueeze(1)  # (K, 1, 1, H, d)
+        common, own = layout.split(self.attn.project(h, 1, 3))
         attended = attend_behind(common, q, own, layout.eot_mask)
         return self.add_attention_and_mlp(x[layout.eot], attended.squeeze(1))
 
@@ -424,12 +409,6 @@ class CLIP(nn.Module):
             tokens = self.tokenize([template.format(name.replace("_", " ")) for name in classnames])
             features.append(F.normalize(self.encode_text(tokens), dim=-1))
         return F.normalize(sum(features), dim=-1)
-
-    def cast_products(self, dtype):
-        """Keep the weights that enter matrix products in `dtype`, to which autocast would cast them at every use."""
-        for name, parameter in self.named_parameters():
-            if not any(part in name for part in ("ln_", "embedding", "logit_scale")):
-                parameter.data = parameter.data.to(dtype)
 
     @classmethod
     def from_state_dict(cls, state_dict, activation="quickgelu", vision_heads=None, text_heads=None):

@@ -46,18 +46,17 @@ class CoOp(Method):
         if class_token_position not in ("end", "middle", "front"):
             raise UserError(f"class_token_position is {class_token_position}: choose end, middle or front.")
         super().__init__(clip, classnames, templates)
-        words = encode(ctx_init.replace("_", " "))
-        self.ctx_init, self.csc, self.n_ctx = "", csc, len(words) or n_ctx
+        self.n_ctx, self.csc = len(encode(ctx_init.replace("_", " "))) or n_ctx, csc
         # How many vectors of the context stand in front of the class name.
         self.n_front = {"end": self.n_ctx, "middle": self.n_ctx // 2, "front": 0}[class_token_position]
-        shape = self.n_ctx, clip.text.token_embedding.embedding_dim
-        shape = (len(classnames), *shape) if csc else shape
-        self.ctx = nn.Parameter(self.zero_shot.new_empty(shape).normal_(std=0.02))
+        number = (len(classnames),) if csc else ()  # of contexts
+        ctx = self.zero_shot.new_empty(*number, self.n_ctx, clip.text.token_embedding.embedding_dim)
+        self.ctx = nn.Parameter(ctx.normal_(std=0.02))
         self.start_from(ctx_init)
         self.embed_prompts()
 
     def start_from(self, ctx_init):
-        """Let the context end with these words, if there are any, and put zeros in front of them."""
+        """Let the context end with these words, if there are any, behind zeros."""
         self.ctx_init = ctx_init.replace("_", " ")
         words = encode(self.ctx_init)
         if len(words) > self.n_ctx:
@@ -66,8 +65,7 @@ class CoOp(Method):
             self.ctx.data.zero_()
             self.ctx.data[..., -len(words) :, :] = self.clip.text.token_embedding.weight[words]
 
-    def embed_prompts(self):
-        """See Method."""
+    def embed_prompts(self):  # see Method
         self.prompts = Prompts(self.clip, self.classnames, self.n_ctx, self.n_front, self.csc)
 
     @property
@@ -78,8 +76,7 @@ class CoOp(Method):
             front = self.ctx_init
         return [f"{front} {name} {behind}".strip() + "." for name in self.classnames]
 
-    def contexts(self):
-        """-> (M, D), or (K, M, D) with csc."""
+    def contexts(self):  # (M, D), or (K, M, D) with csc
         return self.ctx
 
     def encode_text(self):
@@ -102,16 +99,15 @@ class CoOp(Method):
 
 
 class Prompts(nn.Module):
-    """The prompts of all classes in one stream, with places for a context of `n_ctx` vectors (see Layout in clip_min.py).
+    """The prompts of all classes in one stream (see Layout in clip_min.py), with places for a context.
 
-    `n_front` of the vectors stand in front of the class name, the others behind it.
+    `n_front` of the `n_ctx` vectors stand in front of the class name, the others behind it.
     """
 
     def __init__(self, clip, classnames, n_ctx, n_front, csc=False):
         super().__init__()
-        self.n_behind = n_ctx - n_front
         tokens = clip.tokenize([f"{' '.join(['X'] * n_ctx)} {name}." for name in classnames])  # (K, 77)
-        context, order = list(range(1, 1 + n_ctx)), []  # where these prompts have an X
+        context, order = list(range(1, 1 + n_ctx)), []  # the places of the X
         for name in classnames:
             end = 1 + n_ctx + len(encode(name))
             name, rest = range(1 + n_ctx, end), range(end, tokens.shape[1])
@@ -119,15 +115,15 @@ class Prompts(nn.Module):
         order = tokens.new_tensor(order)
         x, self.layout = clip.text.embed(tokens.gather(1, order), n_common=1 if csc else 1 + n_front)
         order = self.layout.join(order)  # (C + K*S,)
-        places = ((order >= 1) & (order <= n_ctx)).nonzero().squeeze(1)  # rows of x that a vector takes
+        places = ((order >= 1) & (order <= n_ctx)).nonzero().squeeze(1)  # the rows of x that a vector takes
         positions = self.layout.join(clip.text.positional_embedding.expand(len(tokens), -1, -1))[places]
         self.x, self.places, self.positions = (nn.Buffer(t, persistent=False) for t in (x, places, positions))
+        self.n_front, self.csc = n_front, csc
 
     def forward(self, ctx):
         """ctx (M, D), or (K, M, D) with csc -> the prompts with their context (C + K*S, D)."""
-        if ctx.dim() == 2:  # the vectors in front of the names are common to all classes, the others stand in each
-            in_front, behind = ctx.split([len(ctx) - self.n_behind, self.n_behind])
-            vectors = torch.cat([in_front, behind.repeat(self.layout.n_prompts, 1)])
-        else:
+        if self.csc:
             vectors = ctx.flatten(0, 1)
+        else:  # the vectors in front of the names are common to all classes, the others stand in each
+            vectors = torch.cat([ctx[: self.n_front], ctx[self.n_front :].repeat(self.layout.n_prompts, 1)])
         return self.x.index_copy(0, self.places, vectors + self.positions)
