@@ -446,7 +446,7 @@ class CLIP(nn.Module):
             raise UserError(f"These are not the weights of a CLIP ViT: {detail}.") from error
         for name, parameter in clip.named_parameters():
             parameter.data = parameter.float()
-            if not parameter.isfinite().all():
+            if not all(extreme.isfinite() for extreme in parameter.aminmax()):  # both are NaN where a number is
                 raise UserError(f"These are not the weights of a CLIP ViT: {name} has numbers that are not finite, "
                                 "download it again.")
         return clip.eval()

@@ -1,11 +1,13 @@
 """The eleven benchmarks and the four shifts of ImageNet: found under a root, fetched where absent, read, compared.
 
-data.load() calls read_benchmark(); published() gives the papers' numbers for a run. The pictures and lists that it
-returns are those of CoOp's protocol, in CoOp's order.
+data.load() calls identify() and read_benchmark(); train.py and report.py call published() for the papers' numbers. The
+splits are those of CoOp's protocol, in CoOp's order: its lists split_zhou_*.json, where FGVC Aircraft has lists of its
+own, and ImageNet and its shifts are class folders. Those are sorted, where CoOp's picks follow the chance of a disk.
 """
 
 import csv
 import json
+import re
 import tarfile
 import zipfile
 from dataclasses import dataclass
@@ -13,7 +15,9 @@ from pathlib import Path
 
 from clip_min import ASSETS, UserError
 from support.downloads import download, file_digest
-from support.folders import read_parts, read_split, working_folder
+from support.files import working_folder
+from support.folders import read_split, read_subsets, warn
+from support.world import WORLD
 
 
 @dataclass(frozen=True)
@@ -33,10 +37,30 @@ class Source:
     template: str = "a photo of a {}."  # CoOp's
 
 
-TABLES = json.loads((ASSETS / "benchmarks.json").read_text("utf-8"))
-BENCHMARKS = {row["name"]: Source(**row) for row in TABLES["benchmarks"]}
+TABLE = json.loads((ASSETS / "benchmarks.json").read_text("utf-8"))["benchmarks"]
+BENCHMARKS = {row["name"]: Source(**row) for row in TABLE}
 SPLITS = "https://raw.githubusercontent.com/linzhiqiu/cross_modal_adaptation/main/splits/"  # CoOp's are on a Drive
 MOST_FILES, MOST_BYTES = 200_000, 10 * 2**30  # of an archive; the largest, Food-101, has 101,000 pictures in 5 GB
+
+
+def identify(name_or_folder):
+    """-> (a data set's name, "") or (the name of a user's own folder, its absolute path)."""
+    def plain(name):
+        return re.sub("[-_ ]", "", name.lower())
+
+    text, folder = str(name_or_folder), Path(name_or_folder).expanduser()
+    names = {plain(name): name for name in (*BENCHMARKS, *WORLD)}
+    aliases = {plain(alias): source.name for source in BENCHMARKS.values() for alias in source.aliases}
+    known = names.get(plain(text)) or aliases.get(plain(text))
+    if known:
+        if folder.is_dir() and plain(text) in aliases:
+            raise UserError(f"{text} is short for {known} and also a folder here: give {known} or ./{text}")
+        if folder.is_dir():
+            warn(f"{text} is taken as the data set of this name: for the folder of this name give ./{text}")
+        return known, ""
+    if not folder.is_dir():
+        raise UserError(f"no data set or folder is called {text}: give a folder, or one of {', '.join(names.values())}")
+    return folder.resolve().name, str(folder.resolve())
 
 
 def read_benchmark(name, root):
@@ -52,39 +76,19 @@ def read_benchmark(name, root):
     return folder, split, classnames, class_ids
 
 
-def published(run, data_name):
-    """What the papers report for a run's settings on a data set. -> [(accuracy, "DPT, Table II"), ...], often empty.
-
-    A row of published.csv fits if the run has its options, and if the user changed nothing else.
-    """
-    if run.data_path:
-        return []
-    wanted = [run.method, run.backbone, "0" if run.method == "zeroshot" else str(run.shots), data_name]
-    values, changed, found = run.options | run.recipe, run.changed.keys() - {"precision"}, []
-    with (ASSETS / "published.csv").open(newline="") as file:
-        for row in csv.DictReader(file):
-            options = dict(pair.split("=", 1) for pair in row["options"].split(";") if pair)
-            same_run = [row[key] for key in ("method", "backbone", "shots", "dataset")] == wanted
-            if same_run and changed <= options.keys() and all(spell(values[k]) == v for k, v in options.items()):
-                found.append((float(row["accuracy"]), f"{row['paper']}, {row['table']}"))
-    return found
-
-
-def spell(value):
-    """A value of an option or of a recipe, as assets/published.csv writes it."""
-    return f"{value:g}" if isinstance(value, float) else str(value).lower()
-
-
 def read_aircraft(folder):
     """FGVC Aircraft's own lists, beside the image folder. Its names have slashes, F/A-18, and are never a path."""
-    split, classnames = {}, list(filter(None, (folder.parent / "variants.txt").read_text("utf-8").splitlines()))
-    for part in "train", "val", "test":
-        file, split[part] = folder.parent / f"images_variant_{part}.txt", []
-        for line in filter(None, file.read_text("utf-8").splitlines()):
+    def lines(file):
+        return [line for line in file.read_text("utf-8").splitlines() if line]
+
+    split, classnames = {}, lines(folder.parent / "variants.txt")
+    for subset in "train", "val", "test":
+        file, split[subset] = folder.parent / f"images_variant_{subset}.txt", []
+        for line in lines(file):
             image, _, name = line.partition(" ")  # 1025794 707-320
             if name not in classnames:
                 raise UserError(f"{file} has the line {line!r}, which ends with no line of variants.txt: mend it")
-            split[part].append((f"{image}.jpg", classnames.index(name)))
+            split[subset].append((f"{image}.jpg", classnames.index(name)))
     return split, classnames
 
 
@@ -97,38 +101,55 @@ def read_imagenet(folder, name):
     rows = [line.split(" ", 1) for line in (ASSETS / "imagenet_classes.txt").read_text().splitlines()]
     number = {key: i for i, (wnid, _) in enumerate(rows) for key in (wnid, str(i))}
     places = {"train": "train/", "test": "val/"} if name == "imagenet" else {"test": ""}
-    split, keys = read_parts(folder, places, order=lambda key: number.get(key, -1))
+    split, keys = read_subsets(folder, places, order=lambda key: number.get(key, -1))
     if keys[0] not in number:
         raise UserError(f"{folder / places['test'] / keys[0]} is not named like a class of ImageNet: move it away")
     class_ids = [number[key] for key in keys]
     return split, [rows[i][1] for i in class_ids], class_ids
 
 
+# ---- Finding and fetching ----
+
+
 def find_images(source, root):
     """-> the data set's folder and its image folder. Lists and pictures that are absent are downloaded."""
-    layouts = [path.split("/", 1) for path in source.images]
-    places = [(root / home, images) for home, images in layouts]
-    has_list = source.split and (root / source.split).exists()
-    if has_list or {root.absolute().name, root.resolve().name} & {home for home, _ in layouts}:
-        places = [(root, images) for _, images in layouts] + places  # root is the data set's own folder
-
-    def found():
-        return next(((home, home / images) for home, images in places if (home / images / source.holds).is_dir()), None)
-
-    home, images = found() or places[0]
-    if not found() and not source.archive:
+    places = possible_places(source, root)
+    present = [place for place in places if has_images(source, place)]
+    home, images = present[0] if present else places[0]
+    if not present and not source.archive:
         raise UserError(f"{source.name} is not under {root} and cannot be downloaded: put its pictures into "
-                        f"{home / images}: {source.by_hand}")
+                        f"{images}: {source.by_hand}")
     if source.split and not (home / source.split).exists():  # first: the archive is of no use without the list
         download(SPLITS + source.split, home / source.split, "git", source.blob)
-    if not found():
-        archive = home / source.archive.rsplit("/")[-1]
-        if not archive.exists():
-            download(source.archive, archive, "md5", source.md5)
-        elif file_digest(archive, "md5") != source.md5:  # put there by hand
-            raise UserError(f"{archive} is not {source.archive} as it should be (md5): remove it, to download it again")
-        unpack(source, archive, home)
-    return found()
+    if not present:
+        fetch_images(source, home)
+        present = [place for place in places if has_images(source, place)]
+    return present[0]
+
+
+def possible_places(source, root):
+    """-> the (data set's folder, image folder) of every layout, under root or with root as the data set's folder."""
+    layouts = [path.split("/", 1) for path in source.images]  # ["dtd", "images"]
+    places = [(root / home, root / home / images) for home, images in layouts]
+    has_list = source.split and (root / source.split).exists()
+    has_name = {root.absolute().name, root.resolve().name} & {home for home, _ in layouts}  # its own or a link's
+    if has_list or has_name:
+        places = [(root, root / images) for _, images in layouts] + places
+    return places
+
+
+def has_images(source, place):
+    return (place[1] / source.holds).is_dir()
+
+
+def fetch_images(source, home):
+    """Download the archive, unless it was put there by hand, and unpack it into the data set's folder."""
+    archive = home / source.archive.rsplit("/")[-1]
+    if not archive.exists():
+        download(source.archive, archive, "md5", source.md5)
+    elif file_digest(archive, "md5") != source.md5:
+        raise UserError(f"{archive} is not {source.archive} as it should be (md5): remove it, to download it again")
+    unpack(source, archive, home)
 
 
 def unpack(source, archive, home):
@@ -151,10 +172,53 @@ def extract(archive, folder):
     """Extract a zip or tar file. Members that lead out of the folder are refused by tarfile, renamed by zipfile."""
     if not archive.is_file():
         raise ValueError(f"no {archive.name} in it")
-    size, is_zip = 0, archive.suffix == ".zip"
-    with zipfile.ZipFile(archive) if is_zip else tarfile.open(archive) as file:
-        for number, member in enumerate(file.infolist() if is_zip else file, 1):
-            size += member.file_size if is_zip else member.size
-            if number > MOST_FILES or size > MOST_BYTES:
-                raise ValueError(f"more than {MOST_FILES} files or {MOST_BYTES} bytes in it")
-            file.extract(member, folder, **{} if is_zip else {"filter": "data"})
+    if archive.suffix == ".zip":
+        with zipfile.ZipFile(archive) as file:
+            for member in bounded(file.infolist(), "file_size"):
+                file.extract(member, folder)
+    else:
+        with tarfile.open(archive) as file:
+            for member in bounded(file, "size"):
+                file.extract(member, folder, filter="data")
+
+
+def bounded(members, size):
+    """The members of an archive one by one, until they are too many or too large. size: the name of their attribute."""
+    total = 0
+    for number, member in enumerate(members, 1):
+        total += getattr(member, size)
+        if number > MOST_FILES or total > MOST_BYTES:
+            raise ValueError(f"more than {MOST_FILES} files or {MOST_BYTES} bytes in it")
+        yield member
+
+
+# ---- What the papers report ----
+
+
+def published(run, data_name):
+    """What the papers report for a run's settings on a data set. -> [(accuracy, "DPT, Table II"), ...], often empty.
+
+    A row of published.csv fits if the run has its options, and if the user changed nothing else.
+    """
+    if run.data_path:
+        return []
+    wanted = [run.method, run.backbone, "0" if run.method == "zeroshot" else str(run.shots), data_name]
+    changed, found = run.changed.keys() - {"precision"}, []
+    with (ASSETS / "published.csv").open(newline="") as file:
+        for row in csv.DictReader(file):
+            options = dict(pair.split("=", 1) for pair in row["options"].split(";") if pair)
+            same_run = [row[key] for key in ("method", "backbone", "shots", "dataset")] == wanted
+            if same_run and changed <= options.keys() and all(is_set(run, *option) for option in options.items()):
+                found.append((float(row["accuracy"]), f"{row['paper']}, {row['table']}"))
+    return found
+
+
+def is_set(run, name, text):
+    """Whether an option of the method or, where the method has none of this name, of the recipe has this value."""
+    value = run.options[name] if name in run.options else run.recipe[name]
+    return spell(value) == text
+
+
+def spell(value):
+    """A value of an option or of a recipe, as assets/published.csv writes it."""
+    return f"{value:g}" if isinstance(value, float) else str(value).lower()

@@ -1,20 +1,19 @@
 """Downloads: a file is fetched whole or not at all, and known by its hash.
 
-weights.py and benchmarks.py call download(), data.py file_digest(). Whatever goes wrong is one sentence that names the
-address and the place where the file can be put by hand.
+support/weights.py and support/benchmarks.py call download(), data.py and support/checks.py file_digest(). Whatever goes
+wrong is one sentence that names the address and the place where the file can be put by hand.
 """
 
 import hashlib
 import secrets
 import socket
 import sys
-import time
-from contextlib import suppress
 from pathlib import Path
 
 import torch
 
 from clip_min import UserError
+from support.files import remove_old
 
 
 class MachineError(UserError):
@@ -36,10 +35,7 @@ def download(url, path, algorithm=None, digest=None, check=None):
     socket.setdefaulttimeout(60)  # seconds without a byte
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        for left in path.parent.glob(f"{path.name}.*.part*"):  # of processes that were killed
-            with suppress(FileNotFoundError):  # another process, which is alive, may have renamed its own meanwhile
-                if time.time() - left.stat().st_mtime > 3600:
-                    left.unlink()
+        remove_old(path.parent.glob(f"{path.name}.*.part*"))
         torch.hub.download_url_to_file(url, str(part), progress=sys.stderr.isatty())
         if digest and file_digest(part, algorithm) != digest:
             raise ValueError(f"it does not have the {algorithm} hash {digest}")

@@ -1,31 +1,34 @@
 """Folders of pictures: a user's own, lists in CoOp's schema, and what any data set needs to be found and read.
 
-data.load() calls read_folders() and read_split(); support/benchmarks.py and support/world.py build on the rest. Every
-fault of a folder or a list ends in one sentence that names the file and what to do.
+    folder/<class>/*.jpg                 a hash of the path chooses 70 % of each class for training, the rest is tested
+    folder/{train,test}/<class>/*.jpg    taken as it stands; a folder val beside them is never read
+    folder/split.json                    {"train": [["cats/1.jpg", 0, "cat"], ...], "val": ..., "test": ...}
+    folder/classnames.txt                optional beside class folders; a line: <class folder> <readable name>
+
+data.load() calls read_folder() and find_files(), report.py pictures_below(); support/benchmarks.py and support/world.py
+build on the rest. Every fault of a folder or a list ends in one sentence that names the file and what to do. A split is
+{"train": [(path in the folder, label), ...], "val": ..., "test": ...}; each of the three is a subset.
 """
 
 import functools
-import glob
 import hashlib
 import itertools
 import json
 import os
-import shutil
 import sys
-import tempfile
-import time
 from collections import Counter
-from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from PIL import Image
 from torch.utils.data import get_worker_info
 
 from clip_min import UserError
+from support.files import readable
 
 SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".jp2")
 SUFFIXES += (".avif",) if ".avif" in Image.registered_extensions() else ()  # not in every Pillow
 OF_SYSTEMS = ("__MACOSX", "@eaDir", "#recycle", "$RECYCLE.BIN", "lost+found", "Thumbs.db", "desktop.ini")
+SPELLINGS = {"train": ("train", "training"), "val": ("val", "valid", "validation"), "test": ("test", "testing")}
 
 
 def shortened(names):
@@ -40,47 +43,40 @@ def warn(message):
         print(f"warning: {message}", file=sys.stderr)
 
 
-def read_split(file):
-    """A list in CoOp's schema, checked. -> split, class names."""
-    split, names = {"train": [], "val": [], "test": []}, {}
-    try:
-        lists = json.loads(file.read_text("utf-8-sig"))
-        rows = [(part, *row) for part in split for row in lists.get(part, [])]
-        for part, path, label, name in rows:
-            if not (isinstance(path, str) and type(label) is int and isinstance(name, str)):
-                raise TypeError(f"found {[path, label, name]}")
-            steps = [step for step in path.replace("\\", "/").split("/") if step not in ("", ".")]
-            if ".." in steps:
-                raise ValueError(f"{path} leaves the image folder")
-            if names.setdefault(label, name) != name:
-                raise ValueError(f"label {label} has two names, {names[label]} and {name}")
-            split[part].append(("/".join(steps), label))
-        trained, tests = {label for _, label in split["train"]}, len(split["test"])
-        if not tests or trained != set(range(len(names))):
-            raise ValueError(f"of {len(names)} labels {len(trained)} have training pictures, and {tests} test pictures "
-                             "are there; labels count from 0 without a gap, and each has training pictures")
-    except (ValueError, TypeError, AttributeError) as error:
-        raise UserError(f'{file} is no {{"train": [[path, label, name], ...], ...}} ({error}): mend it') from error
-    return split, [names[label] for label in range(len(names))]
+def read_folder(folder, whole=False):
+    """A user's folder, in one of the four forms above -> split, class names.
 
-
-def read_folders(folder, whole=False):
-    """Class folders, or folders train and test of class folders; classnames.txt. -> split, class names."""
-    folders = contents(folder)[0]
-    spellings = {"train": ("train", "training"), "val": ("val", "valid", "validation"), "test": ("test", "testing")}
-    places = {part: [name for name in folders if name.lower() in spellings[part]] for part in spellings}
-    if (places["train"] and places["test"]) or (folders and sum(map(len, places.values())) == len(folders)):
-        needed = ("test",) if whole else ("train", "test")
-        for part, names in places.items():
-            if len(names) > 1 or (part in needed and not names):
-                raise UserError(f"{folder} must have one folder {part}, found {' and '.join(names) or 'none'}")
-        split, classes = read_parts(folder, {part: f"{places[part][0]}/" for part in needed})
+    With `whole` it is only tested: all pictures of class folders are test pictures, and test needs no train beside it.
+    """
+    if (folder / "split.json").exists():
+        return read_split(folder / "split.json")
+    places = find_subsets(folder, whole)
+    if places:
+        split, classes = read_subsets(folder, places)
     else:
-        split, classes = read_parts(folder, {"test": ""})
+        split, classes = read_subsets(folder, {"test": ""})
         if not whole:
             split = divide(folder, split["test"])
+    return split, read_classnames(folder / "classnames.txt", classes)
 
-    names, file = {name: name for name in classes}, folder / "classnames.txt"
+
+def find_subsets(folder, whole):
+    """-> {"train": "Train/", "test": "testing/"}, or {} where the folders are classes, of which one may be "train"."""
+    folders = contents(folder)[0]
+    found = {subset: [name for name in folders if name.lower() in SPELLINGS[subset]] for subset in SPELLINGS}
+    nothing_else = folders and sum(map(len, found.values())) == len(folders)
+    if not (found["train"] and found["test"]) and not nothing_else:
+        return {}
+    needed = ("test",) if whole else ("train", "test")
+    for subset, names in found.items():
+        if len(names) > 1 or (subset in needed and not names):
+            raise UserError(f"{folder} must have one folder {subset}, found {' and '.join(names) or 'none'}")
+    return {subset: f"{found[subset][0]}/" for subset in needed}
+
+
+def read_classnames(file, classes):
+    """-> the names that classnames.txt gives the class folders; where it says nothing, their own."""
+    names = {name: name for name in classes}
     content = file.read_bytes() if file.exists() else b""
     encoding = "utf-16" if content.startswith((b"\xff\xfe", b"\xfe\xff")) else "utf-8-sig"  # PowerShell's > and others
     for line in filter(str.strip, content.decode(encoding).splitlines()):
@@ -89,7 +85,31 @@ def read_folders(folder, whole=False):
             raise UserError(f"{file} has the line {line!r}: begin it with the name of a class folder and a blank")
         name = max(fitting, key=len)  # a folder's name may have blanks of its own
         names[name] = line[len(name) + 1 :].strip()
-    return split, list(names.values())
+    return list(names.values())
+
+
+def read_split(file):
+    """A list in CoOp's schema, checked. -> split, class names."""
+    split, names = {"train": [], "val": [], "test": []}, {}
+    try:
+        lists = json.loads(file.read_text("utf-8-sig"))
+        rows = [(subset, *row) for subset in split for row in lists.get(subset, [])]
+        for subset, path, label, name in rows:
+            if not (isinstance(path, str) and type(label) is int and isinstance(name, str)):
+                raise TypeError(f"found {[path, label, name]}")
+            steps = [step for step in path.replace("\\", "/").split("/") if step not in ("", ".")]
+            if ".." in steps:
+                raise ValueError(f"{path} leaves the image folder")
+            if names.setdefault(label, name) != name:
+                raise ValueError(f"label {label} has two names, {names[label]} and {name}")
+            split[subset].append(("/".join(steps), label))
+        trained, tests = {label for _, label in split["train"]}, len(split["test"])
+        if not tests or trained != set(range(len(names))):
+            raise ValueError(f"of {len(names)} labels {len(trained)} have training pictures, and {tests} test pictures "
+                             "are there; labels count from 0 without a gap, and each has training pictures")
+    except (ValueError, TypeError, AttributeError) as error:
+        raise UserError(f'{file} is no {{"train": [[path, label, name], ...], ...}} ({error}): mend it') from error
+    return split, [names[label] for label in range(len(names))]
 
 
 def divide(folder, items):
@@ -108,17 +128,18 @@ def divide(folder, items):
     return split
 
 
-def read_parts(folder, places, order=None):
-    """{"train": "train/", "test": "val/"}: folders of the same class folders. -> split, class folders by label."""
-    found = {part: class_folders(folder / place) for part, place in places.items()}
-    for part, other in itertools.permutations(places, 2):
-        if lacking := [name for name in found[other] if name not in found[part]]:
-            raise UserError(f"{folder / places[part]} lacks class folders that {folder / places[other]} has, "
+def read_subsets(folder, places, order=None):
+    """places: {"train": "train/", "test": "val/"}, with the same class folders -> split, class folders by label."""
+    found = {subset: class_folders(folder / place) for subset, place in places.items()}
+    for subset, other in itertools.permutations(places, 2):
+        lacking = [name for name in found[other] if name not in found[subset]]
+        if lacking:
+            raise UserError(f"{folder / places[subset]} lacks class folders that {folder / places[other]} has, "
                             f"{shortened(lacking)}: add them")
     names, split = sorted(found["test"], key=order), {"train": [], "val": [], "test": []}
-    for part, place in places.items():
-        split[part] = [(f"{place}{name}/{file}", label)
-                       for label, name in enumerate(names) for file in found[part][name]]
+    for subset, place in places.items():
+        split[subset] = [(f"{place}{name}/{file}", label)
+                         for label, name in enumerate(names) for file in found[subset][name]]
     return split, names
 
 
@@ -150,11 +171,19 @@ def contents(folder):
     return folders, pictures, [name for name in files if not name.lower().endswith(SUFFIXES)]
 
 
-def pictures_below(folder):
-    """-> the paths of all pictures in a folder and in the folders inside it, by the same rule as in training."""
-    folders, pictures, _ = contents(folder)
-    inside = [path for name in folders for path in pictures_below(Path(folder, name))]
-    return sorted(inside + [Path(folder, name) for name in pictures])
+def pictures_below(folder, around=()):
+    """-> the paths of the pictures in a folder and in its subfolders, sorted, by the same rule as for training.
+
+    around: the folders in which this one lies. A link back to one of them is not followed: it would go on for ever.
+    """
+    folder, around = Path(folder), (*around, os.path.realpath(folder))
+    with readable(folder):
+        folders, pictures, _ = contents(folder)
+    found = [folder / name for name in pictures]
+    for name in folders:
+        if os.path.realpath(folder / name) not in around:
+            found += pictures_below(folder / name, around)
+    return sorted(found)
 
 
 def find_files(folder, split):
@@ -163,26 +192,4 @@ def find_files(folder, split):
     if missing:
         raise UserError(f"{len(missing)} of {sum(map(len, split.values()))} pictures are not in {folder}: "
                         f"{shortened(missing)}: add them, in the spelling of the list")
-    return {part: [(f"{folder}/{path}", label) for path, label in items] for part, items in split.items()}
-
-
-def clear_leftovers(folder):
-    """Remove the temporary folders beside `folder` that a killed process left behind more than an hour ago."""
-    for left in folder.parent.glob(f".{glob.escape(folder.name)}.*"):
-        with suppress(FileNotFoundError):  # another process may remove it, too
-            if time.time() - left.stat().st_mtime > 3600:
-                shutil.rmtree(left)
-
-
-@contextmanager
-def working_folder(folder, inside):
-    """Make a folder whole or not at all: in a temporary one beside it, whose folder `inside` is then renamed."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    clear_leftovers(folder)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as temporary:
-        yield Path(temporary)
-        try:
-            Path(temporary, inside).rename(folder)
-        except OSError:
-            if not folder.is_dir():  # else another process was faster
-                raise
+    return {subset: [(f"{folder}/{path}", label) for path, label in items] for subset, items in split.items()}

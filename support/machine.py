@@ -40,16 +40,17 @@ def choose_machine(device, precision, workers):
         raise UserError(f"--device {device} cannot be used by PyTorch here: use cuda or cpu.") from error
     device = torch.device(device)
     torch.backends.cudnn.allow_tf32 = False  # else cuDNN rounds what an fp32 convolution multiplies
-    if precision == "auto":  # emulated bf16, as on a V100 or T4, is slower than fp16
-        native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-        precision = "fp32" if device.type != "cuda" else "bf16" if native else "fp16"
+    if precision == "auto" and device.type == "cuda":
+        has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)  # emulated, as on a V100, fp16 is faster
+        precision = "bf16" if has_bf16 else "fp16"
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)  # else fp32
     if workers is None:
         workers = 0 if device.type == "cpu" else min(8, os.cpu_count() or 1)  # on a CPU the towers need the cores
-    return Machine(device, {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision], workers)
+    return Machine(device, dtype, workers)
 
 
 def device_name(device):
-    """-> the GPU's name, or "cpu"."""
+    """-> a GPU's name; of any other device its kind, such as "cpu"."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 

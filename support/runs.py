@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from clip_min import UserError
-from support.folders import clear_leftovers
+from support.files import clear_leftovers
 from support.machine import agree
 from support.settings import Settings
 

@@ -2,7 +2,7 @@
 
 A CLIP ViT of 1.4 M parameters besides its word embeddings (image tower 128 wide, 4 layers, 40x40 pictures in patches
 of 8; text tower 128 wide, 3 layers; joint width 128), under OpenAI's key names and with OpenAI's vocabulary. It is
-trained from CLIP's own initialisation with CLIP's loss and optimiser on pictures that world.draw_picture draws here, from
+trained from CLIP's own initialisation with CLIP's loss and optimiser on pictures that support.world draws here, from
 another random stream than those of the downstream datasets, with captions of the same world.
 
 Two things differ from Radford et al. (2021), both for what a toy lacks and CLIP has:
@@ -28,7 +28,7 @@ from torchvision.transforms.functional import normalize
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from clip_min import CLIP, MEAN, STD, tokenize  # noqa: E402
-from support.world import COLOURS, FORMS, SIDE, TEXTURES, draw_picture  # noqa: E402
+from support.world import COLOURS, FORMS, RESOLUTION, TEXTURES, draw_picture  # noqa: E402
 
 WIDTH, JOINT, PATCH, VISION_LAYERS, TEXT_LAYERS = 128, 128, 8, 4, 3
 PICTURES, STEPS, BATCH, RATE, WARMUP, SEED = 60_000, 1500, 256, 2e-3, 100, 7
@@ -89,7 +89,7 @@ def initial_state():
     std = WIDTH**-0.5
     state = {
         "visual.class_embedding": normal(WIDTH, std=std),
-        "visual.positional_embedding": normal((SIDE // PATCH) ** 2 + 1, WIDTH, std=std),
+        "visual.positional_embedding": normal((RESOLUTION // PATCH) ** 2 + 1, WIDTH, std=std),
         "visual.proj": normal(WIDTH, JOINT, std=std),
         "visual.conv1.weight": normal(WIDTH, 3, PATCH, PATCH, std=(9 * PATCH * PATCH) ** -0.5),
         "token_embedding.weight": normal(49408, WIDTH, std=0.02),
@@ -132,7 +132,7 @@ def shared_target_loss(logits, fits):
 def main():
     started, rng = time.time(), random.Random("pretraining")
     torch.manual_seed(SEED)
-    scenes, pixels = [], torch.empty(PICTURES, SIDE, SIDE, 3, dtype=torch.uint8)
+    scenes, pixels = [], torch.empty(PICTURES, RESOLUTION, RESOLUTION, 3, dtype=torch.uint8)
     for row, (values, picture) in zip(pixels, scenes_and_pictures(rng), strict=True):
         scenes.append(values)
         row.copy_(torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8).view_as(row))

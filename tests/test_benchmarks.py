@@ -36,6 +36,7 @@ import data
 import train
 from clip_min import ASSETS, UserError
 from support import benchmarks
+from support.settings import Settings
 
 # name: other names, CoOp's class among them; template
 NAMES = {
@@ -832,3 +833,17 @@ def test_all_500_published_numbers_are_there():
     found = Counter((row["paper"], row["table"], row["row"], row["backbone"], row["shots"], row["dataset"],
                      float(row["accuracy"])) for row in published())
     assert found == expected and found.total() == 500
+
+
+def test_a_methods_option_goes_before_what_the_recipe_calls_the_same(tmp_path, monkeypatch):
+    """A method has an option lr of its own; the recipe's lr is another thing. What only the recipe has is found there."""
+    (tmp_path / "published.csv").write_text("method,options,backbone,shots,dataset,accuracy,paper,table,row\n"
+                                            "new,lr=5,ViT-B/16,4,dtd,61.5,P,Table 1,New\n"
+                                            "new,lr=0.002,ViT-B/16,4,dtd,62.5,P,Table 2,New\n"
+                                            "new,lr=5;epochs=50,ViT-B/16,4,dtd,63.5,P,Table 3,New\n")
+    monkeypatch.setattr(benchmarks, "ASSETS", tmp_path)
+    run = Settings("new", options=dict(lr=5), data="dtd", data_path="", backbone="ViT-B/16", backbone_path="", shots=4,
+                   seed=1, activation="quickgelu", precision="auto", templates=[], recipe=dict(lr=0.002, epochs=50),
+                   changed=dict(lr="5"))
+    assert benchmarks.published(run, "dtd") == [(61.5, "P, Table 1"), (63.5, "P, Table 3")]
+    assert benchmarks.published(replace(run, options=dict(lr=0.002)), "dtd") == [(62.5, "P, Table 2")]

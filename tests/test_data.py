@@ -26,7 +26,7 @@ from torchvision import transforms
 
 import data
 from clip_min import MEAN, STD, UserError, preprocess
-from support import benchmarks, folders
+from support import benchmarks, folders, world
 
 SHARED = Path(__file__).parents[2] / "shared"
 DTD_SPLIT = SHARED / "splits" / "split_zhou_DescribableTextures.json"
@@ -106,7 +106,7 @@ def fails(*words):
 
 @pytest.fixture(autouse=True)
 def every_warning_is_shown():
-    data.warn.cache_clear()
+    folders.warn.cache_clear()
 
 
 # ---- Few-shot picks ----
@@ -917,7 +917,7 @@ def test_a_bomb_stops_early(mirror, monkeypatch, pack, limit, value):
     name = "dtd.zip" if pack is zipped else "dtd.tar.gz"
     mirror.archive(name, pack([f"dtd/images/{path}" for path, _, _ in ROWS] + ["dtd/labels/x.txt"]))
     with monkeypatch.context() as patched:
-        patched.setattr(data, limit, value)
+        patched.setattr(benchmarks, limit, value)
         with fails(mirror.root / "dtd" / name, "cannot be unpacked", "more than"):
             mirror.load()
     assert mirror.found() == [name, "split.json"]
@@ -935,6 +935,39 @@ def test_what_killed_processes_left_is_removed(mirror):
     os.utime(old, (time.time() - 4000,) * 2)
     mirror.load()
     assert not old.exists() and new.exists()  # the new one may belong to a living process
+
+
+# ---- Pictures to predict ----
+
+
+def test_pictures_below_a_folder_are_found_by_the_rule_of_training(tmp_path):
+    """At any depth; hidden files, those of systems and what is no picture are left out; links are followed."""
+    touch(tmp_path / "photos", "b.jpg", "a/2.PNG", "a/10.png", "a/deep/er/1.webp", "notes.txt", "._b.jpg", ".DS_Store",
+          ".hidden/1.jpg", "a/._2.PNG", "a/__MACOSX/1.jpg", "@eaDir/b.jpg", "Thumbs.db", "folder.jpg/1.txt")
+    touch(tmp_path / "store", "1.jpg")
+    (tmp_path / "photos" / "linked").symlink_to(tmp_path / "store", target_is_directory=True)
+    (tmp_path / "photos" / "one.jpg").symlink_to(tmp_path / "store" / "1.jpg")
+    expected = ["a/10.png", "a/2.PNG", "a/deep/er/1.webp", "b.jpg", "linked/1.jpg", "one.jpg"]
+    for folder in tmp_path / "photos", str(tmp_path / "photos"):
+        assert folders.pictures_below(folder) == [tmp_path / "photos" / path for path in expected]
+    assert folders.pictures_below(touch(tmp_path / "bare", "notes.txt")) == []
+
+
+def test_links_that_lead_round_are_followed_once(tmp_path):
+    touch(tmp_path, "a/1.jpg", "a/b/2.jpg", "c/3.jpg")
+    (tmp_path / "a" / "b" / "up").symlink_to(tmp_path / "a", target_is_directory=True)
+    (tmp_path / "a" / "c").symlink_to(tmp_path / "c", target_is_directory=True)
+    (tmp_path / "c" / "back").symlink_to(tmp_path / "a", target_is_directory=True)
+    assert folders.pictures_below(tmp_path / "a") == [tmp_path / "a" / path for path in ("1.jpg", "b/2.jpg", "c/3.jpg")]
+
+
+def test_a_folder_of_pictures_that_may_not_be_read_is_named(tmp_path, monkeypatch):
+    def refuse(folder):
+        raise PermissionError(13, "Permission denied", str(folder))
+
+    monkeypatch.setattr(folders.os, "scandir", refuse)
+    with fails(tmp_path, "Permission denied"):
+        folders.pictures_below(tmp_path)
 
 
 # ---- The classes of other data ----
@@ -984,13 +1017,13 @@ def draw_two_classes(name, folder):
 
 
 def test_the_world_is_drawn_once_and_then_read(tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "WORLD", {"shapes_x": None})
-    monkeypatch.setattr(data, "draw_world", draw_two_classes)
+    monkeypatch.setitem(world.WORLD, "shapes_x", None)
+    monkeypatch.setattr(world, "draw_world", draw_two_classes)
     benchmark = data.load("Shapes-X", tmp_path / "new", shots=1)
     assert (benchmark.name, benchmark.own) == ("shapes_x", False)
     assert benchmark.folder == tmp_path / "new" / "shapes_x" and benchmark.classnames == ["big square", "star"]
     assert (len(benchmark.train), len(benchmark.test)) == (2, 6)
-    monkeypatch.setattr(data, "draw_world", None)
+    monkeypatch.setattr(world, "draw_world", None)
     assert data.load("shapes_x", tmp_path / "new", shots=1) == benchmark
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["shapes_x"]
 
@@ -1000,16 +1033,16 @@ def test_a_world_that_was_not_finished_is_not_there(tmp_path, monkeypatch):
         draw_two_classes(name, folder)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(data, "WORLD", {"shapes_x": None})
-    monkeypatch.setattr(data, "draw_world", stop)
+    monkeypatch.setitem(world.WORLD, "shapes_x", None)
+    monkeypatch.setattr(world, "draw_world", stop)
     with pytest.raises(KeyboardInterrupt):
         data.load("shapes_x", tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_what_a_killed_process_drew_is_removed(tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "WORLD", {"shapes_x": None})
-    monkeypatch.setattr(data, "draw_world", draw_two_classes)
+    monkeypatch.setitem(world.WORLD, "shapes_x", None)
+    monkeypatch.setattr(world, "draw_world", draw_two_classes)
     touch(tmp_path, ".shapes_x.k1ll3d/shapes_x/train/star/1.png")
     os.utime(tmp_path / ".shapes_x.k1ll3d", (time.time() - 4000,) * 2)
     data.load("shapes_x", tmp_path)
@@ -1021,8 +1054,8 @@ def test_two_processes_may_draw_the_world_at_once(tmp_path, monkeypatch):
         draw_two_classes(name, folder)
         draw_two_classes(name, tmp_path / name)     # the other process was faster
 
-    monkeypatch.setattr(data, "WORLD", {"shapes_x": None})
-    monkeypatch.setattr(data, "draw_world", overtaken)
+    monkeypatch.setitem(world.WORLD, "shapes_x", None)
+    monkeypatch.setattr(world, "draw_world", overtaken)
     assert len(data.load("shapes_x", tmp_path).test) == 6
 
 
@@ -1087,7 +1120,7 @@ def test_a_picture_that_the_machine_cannot_read_is_not_called_broken(tmp_path, m
         raise error
 
     path = save(noise(), tmp_path / "a.png")
-    monkeypatch.setattr(data.Image, "open", fail)
+    monkeypatch.setattr(Image, "open", fail)
     with pytest.raises(UserError, match=type(error).__name__) as info:
         data.read(path)
     assert str(path) in str(info.value) and "replace" not in str(info.value)
@@ -1275,6 +1308,51 @@ def test_workers_seed_epoch_and_walk(items):
     assert not same(*epochs) and not same(*walks) and not same(list(other.epoch(0)), epochs[0])
     assert not same(list(other), walks[0])
     assert [labels.tolist() for _, labels in walks[0]] == [[0, 1], [2, 3], [4]]
+
+
+class RecordedPictures(data.Pictures):
+    """Pictures that note which views are loaded."""
+
+    def __getitem__(self, view):
+        self.views.append(view)
+        return super().__getitem__(view)
+
+
+def test_the_seed_of_every_view_is_that_of_its_walk_or_epoch(items):
+    """The streams are written out here: runs that are finished were made with them."""
+    pictures = RecordedPictures(items, data.augment(32))
+    batches = data.Batches(pictures, 2, CPU, seed=3, drop_last=True)
+    for number in 1, 2:
+        pictures.views = []
+        list(batches)
+        rng = random.Random(f"3 -{number}")
+        assert pictures.views == [(i, rng.getrandbits(32)) for i in range(5)]
+    for number in 0, 1, 2:
+        pictures.views = []
+        list(batches.epoch(number))
+        rng, order = random.Random(f"3 {number}"), list(range(5))
+        rng.shuffle(order)
+        assert pictures.views == [(i, rng.getrandbits(32)) for i in order[:4]]
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_processes_share_walks_and_epochs(items, first):
+    """Of a walk each gets every second batch, of an epoch its share of every batch from the first that is wanted."""
+    whole = batches_of(items)
+    walk, epoch = list(whole), list(whole.epoch(4))
+    for rank in range(2):
+        batches = batches_of(items)
+        assert same(list(batches.share(rank, 2)), walk[rank::2])
+        shares = [(images[rank::2], labels[rank::2]) for images, labels in epoch[first:]]
+        assert same(list(batches.epoch(4, first, rank, 2)), shares)
+
+
+def test_two_walks_at_once_do_not_disturb_each_other(items):
+    batches, whole = batches_of(items), list(batches_of(items))
+    walk = iter(batches)
+    begun = [next(walk)]
+    list(batches.epoch(0))
+    assert same(begun + list(walk), whole)
 
 
 def test_batches_without_a_seed_are_the_same_each_time(items):

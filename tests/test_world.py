@@ -31,11 +31,11 @@ def zero_shot(root, name):
     return train.evaluate(Method(clip, bench.classnames, bench.templates), batches, machine).accuracy
 
 
-@pytest.mark.parametrize("name", data.WORLD)
+@pytest.mark.parametrize("name", world.WORLD)
 def test_every_world_has_a_few_shot_and_a_full_test_set(root, name):
     bench = data.load(name, root, shots=16, seed=1)
     assert len(bench.classnames) == 12 and len(bench.train) == 12 * 16 and len(bench.test) >= 500
-    assert data.read(bench.test[0][0]).size == (world.SIDE, world.SIDE)
+    assert data.read(bench.test[0][0]).size == world.SIZE
     assert not bench.own and bench.name == name
 
 
@@ -49,7 +49,7 @@ def test_the_drawings_are_those_that_the_tables_were_measured_on(root):
 
 def test_drawing_again_gives_the_same_pictures(tmp_path):
     for folder in "once", "again":
-        data.draw_world("shapes", tmp_path / folder)
+        world.draw_world("shapes", tmp_path / folder)
     assert files(tmp_path / "once") == files(tmp_path / "again")
 
 
@@ -73,7 +73,7 @@ def test_the_names_of_shapes_mislead_only_where_the_object_has_another_classs_co
 def test_pretraining_saw_none_of_the_downstream_pictures(root):
     stream = scenes_and_pictures(random.Random("pretraining"))
     seen = {picture.tobytes() for _, picture in itertools.islice(stream, 3000)}
-    for name in data.WORLD:
+    for name in world.WORLD:
         bench = data.load(name, root, shots=0)
         assert not seen & {data.read(path).tobytes() for path, _ in bench.train + bench.test}
     assert len(seen) == 3000
