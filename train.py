@@ -39,7 +39,7 @@ from dpt import CAVPT, DPT, VLP
 from fgvpl import FGVPL
 from support.benchmarks import published
 from support.console import advice, exit_status, print_settings, quoted, show_epoch
-from support.machine import average, choose_machine, device_name, gather, join_processes, process_0_first
+from support.machine import average, cast_products, choose_machine, device_name, gather, join_processes, process_0_first
 from support.runs import Checkpoint, rates, read_prompts, require_finite, reserve, save_run, warn_of_moved
 from support.settings import above, resolve_settings, template
 from upt import UPT, variances
@@ -118,7 +118,7 @@ def run(settings, folder, args, machine):
     zero_shot = Method(clip, bench.classnames, settings.templates)
     test = data.plain_batches(bench.test, clip, machine.device, machine.workers, bench.own)
     if machine.dtype:
-        clip.cast_products(machine.dtype)  # from here on the towers are called under autocast alone
+        cast_products(clip, machine.dtype)  # from here on the towers are called under autocast alone
     before = evaluate(zero_shot, test, machine)
     print(f"zero-shot   {before.accuracy:.2f} %")
 

@@ -49,6 +49,13 @@ def choose_machine(device, precision, workers):
     return Machine(device, dtype, workers)
 
 
+def cast_products(clip, dtype):
+    """Keep the weights that enter matrix products in `dtype`, to which autocast would cast them at every use."""
+    for name, parameter in clip.named_parameters():
+        if not any(part in name for part in ("ln_", "embedding", "logit_scale")):
+            parameter.data = parameter.data.to(dtype)
+
+
 def device_name(device):
     """-> a GPU's name; of any other device its kind, such as "cpu"."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
