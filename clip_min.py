@@ -241,8 +241,8 @@ class Layout(nn.Module):
         causal = like.new_full((length, length), -math.inf).triu(1)  # added to the scores, as attention takes it
         self.mask = nn.Buffer(causal[n_common:], persistent=False)  # (S, C+S)
         self.eot_mask = nn.Buffer(causal[eot, None, None], persistent=False)  # (K, 1, 1, C+S)
-        first = n_common + n_own * torch.arange(len(eot), device=eot.device)  # in x, the first of a prompt's own tokens
-        self.eot = nn.Buffer(first + eot - n_common, persistent=False)  # (K,), rows of x
+        rows = eot + n_own * torch.arange(len(eot), device=eot.device)  # where they stand in x
+        self.eot = nn.Buffer(rows, persistent=False)  # (K,)
 
     def join(self, x):
         """Prompts (K, >=C+S, ..) -> one stream (C + K*S, ..)."""
@@ -489,7 +489,10 @@ class Method(nn.Module):
     @property
     def prompt_texts(self):
         """A sentence per class for people to read."""
-        return [self.templates[0].format(name) for name in self.classnames]
+        ctx = self.contexts()
+        if ctx is None:
+            return [self.templates[0].format(name) for name in self.classnames]
+        return [f"[{' x '.join(map(str, ctx.shape[:-1]))} vectors] {name}." for name in self.classnames]
 
     def encode_text(self):
         """-> (K, E), the classifier. It does not depend on the image, so an evaluation computes it once."""

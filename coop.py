@@ -46,27 +46,24 @@ class CoOp(Method):
         if class_token_position not in ("end", "middle", "front"):
             raise UserError(f"class_token_position is {class_token_position}: choose end, middle or front.")
         super().__init__(clip, classnames, templates)
-        self.n_ctx, self.csc = len(encode(ctx_init.replace("_", " "))) or n_ctx, csc
+        self.ctx_init, self.csc = ctx_init.replace("_", " "), csc
+        words = encode(self.ctx_init)
+        self.n_ctx = len(words) or n_ctx
         # How many vectors of the context stand in front of the class name.
         self.n_front = {"end": self.n_ctx, "middle": self.n_ctx // 2, "front": 0}[class_token_position]
         number = (len(classnames),) if csc else ()  # of contexts
-        ctx = self.zero_shot.new_empty(*number, self.n_ctx, clip.text.token_embedding.embedding_dim)
-        self.ctx = nn.Parameter(ctx.normal_(std=0.02))
-        self.start_from(ctx_init)
+        ctx = self.zero_shot.new_empty(*number, self.n_ctx, clip.text.token_embedding.embedding_dim).normal_(std=0.02)
+        self.ctx = nn.Parameter(ctx.copy_(clip.text.token_embedding.weight[words]) if words else ctx)
         self.embed_prompts()
 
-    def start_from(self, ctx_init):
-        """Let the context end with these words, if there are any, behind zeros."""
-        self.ctx_init = ctx_init.replace("_", " ")
-        words = encode(self.ctx_init)
-        if len(words) > self.n_ctx:
-            raise UserError(f"n_ctx is {self.n_ctx}: the {len(words)} tokens of ctx_init must fit.")
-        if words:
-            self.ctx.data.zero_()
-            self.ctx.data[..., -len(words) :, :] = self.clip.text.token_embedding.weight[words]
-
-    def embed_prompts(self):  # see Method
-        self.prompts = Prompts(self.clip, self.classnames, self.n_ctx, self.n_front, self.csc)
+    def embed_prompts(self):
+        """Embed the prompts of all classes as one stream of tokens (C + K*S, D), with places for the context."""
+        self.is_default = self.n_front == self.n_ctx and not self.csc
+        if self.is_default:
+            prompts, self.layout = self.clip.embed_prompts(self.classnames, self.n_ctx)
+            self.prompts = nn.Buffer(prompts, persistent=False)
+        else:
+            self.prompts = Prompts(self.clip, self.classnames, self.n_ctx, self.n_front, self.csc)
 
     @property
     def prompt_texts(self):
@@ -85,7 +82,11 @@ class CoOp(Method):
 
     def encode_context(self, ctx):
         """A context (M, D), or (K, M, D) with csc -> the classifier (K, E), not normalised."""
-        return self.clip.text(self.prompts(ctx), self.prompts.layout)
+        text, m = self.clip.text, self.n_ctx
+        if not self.is_default:  # Eq. 4, or contexts of their own
+            return text(self.prompts(ctx), self.prompts.layout)
+        ctx = ctx + text.positional_embedding[1 : 1 + m]  # behind the start token, in front of every name         Eq. 2
+        return text(torch.cat([self.prompts[:1], ctx, self.prompts[1 + m :]]), self.layout)
 
     def for_classes(self, classnames, columns=None):
         """See Method. Class-specific contexts belong to the training classes: `columns` tells which ones to keep."""

@@ -8,7 +8,7 @@ Transactions on Multimedia 2023, arXiv:2208.08340. Its version 1 (Class-Aware Vi
     [s_l, _, E_l] = Block_l([s_{l-1}, P_{l-1}, E_{l-1}]),  l = 1 .. L                                        Eq. 4
   VLP: CE(z, W), after guide_epochs in which the loss is Eq. 12 without L_ca.
   DPT, in the layers of cavpt_layers, for the K_N classes j that zero-shot CLIP finds likeliest in the picture:
-    o_j = softmax( q_j W_q (k W_k)^T / sqrt(d_k) ) k W_v,  q_j = fc(g_j),  k = [s_{l-1}, E_{l-1}, P_{l-1}]   Eq. 6
+    o_j = softmax( q_j W_q (X W_k)^T / sqrt(d_k) ) X W_v,  q_j = fc(g_j),  X = [s_{l-1}, E_{l-1}, P_{l-1}]   Eq. 6
     P~_j = LN(o_j + q_j)  take the place of P_{l-1}                                                          Eq. 7, 10
     L_ca = cross-entropy of LN(o_j) W_c with y, where j is y; pictures whose y is not among the j are left out   Eq. 8
     L = CE(z, W) + alpha L_ca                                                                                Eq. 11
@@ -25,13 +25,14 @@ Transactions on Multimedia 2023, arXiv:2208.08340. Its version 1 (Class-Aware Vi
 What DPT leaves open is settled as in its release, github.com/fanrena/DPT, trainers/DPT.py (VLP: trainers/VLP.py): d_k
 is 32; g_j is not normalised; Eq. 7 and 8 have a LayerNorm each; each layer of cavpt_layers keeps its own P_{l-1} as
 keys. Everything is trained in fp32, where the release steps in fp16. Version 1 has no code. Its Eq. 9 prints
-Softmax(Q^T k v), closed after v; here it is closed before v, which weighs it. Chosen for version 1: k = s W_k and v =
+Softmax(Q^T k v), closed after v; here it is closed before v, which weighs it. Chosen for version 1: k is s W_k and v is
 s W_v, which it does not define; the softmax runs over the classes, since over its single key it would be 1 for all; the
 MLP is E-32-D with ReLU; LP is linear; P~ replaces P_{l-1}; L_ca is the mean over all rows, K_N of each picture. The
 bias of the MLP's last layer adds the same to every class's score, so it never learns.
 
 To use it elsewhere, copy this file, clip_min.py and assets/bpe_merges.txt.gz.
-B images, K classes, N patches, P = n_visual, M = n_ctx, D and Dt widths of the towers, E joint width.
+B images, K classes, N patches, P = n_visual, M = n_ctx, D and Dt widths of the towers, E joint width (in equations the
+paper's patches).
 """
 
 import math
@@ -65,20 +66,15 @@ class VLP(Method):
         super().__init__(clip, classnames, templates)
         self.n_ctx, self.guide_epochs, self.beta = n_ctx, guide_epochs, beta
         layers, width = len(clip.visual.blocks), len(clip.visual.class_embedding)
-        text_width = clip.text.token_embedding.embedding_dim
-        self.ctx = nn.Parameter(self.zero_shot.new_empty(n_ctx, text_width).normal_(std=0.02))
-        self.visual_prompts = nn.Parameter(self.zero_shot.new_empty(layers, n_visual, width).normal_(std=0.02))
+        ctx = self.zero_shot.new_empty(n_ctx, clip.text.token_embedding.embedding_dim)
+        self.ctx = nn.Parameter(ctx.normal_(std=0.02))
+        self.visual_prompts = nn.Parameter(ctx.new_empty(layers, n_visual, width).normal_(std=0.02))
         self.embed_prompts()
 
     def embed_prompts(self):
         """Embed the prompts "X .. X CLASS." of all classes: (C + K*S, Dt) and their Layout."""
         prompts, self.layout = self.clip.embed_prompts(self.classnames, self.n_ctx)
         self.prompts = nn.Buffer(prompts, persistent=False)
-
-    @property
-    def prompt_texts(self):
-        """See Method."""
-        return [f"[{self.n_ctx} vectors] {name}." for name in self.classnames]
 
     def contexts(self):
         """-> (M, Dt)."""
@@ -194,8 +190,8 @@ class DPT(VLP):
         rows = F.cross_entropy(aux.movedim(-1, 1), labels[None, :, None].expand_as(hit), reduction="none")
         hits, pictures = sum_over_processes(torch.stack([hit.sum(), torch.ones_like(labels).sum()]))
         l_ca = (rows * hit).sum() / hits  # Eq. 8: the mean over the hits, in all pictures and layers
-        # Of several processes each has some pictures, and train.py weighs its loss by their share. But l_ca is divided
-        # by the hits of the whole batch already, so that weight is taken out here. With one process it is 1.
+        # Of several processes each has some of the pictures, and train.py will weigh its loss by their share. The hits are
+        # the whole batch's already, so that this weight is taken out here.
         l_ca = l_ca / (len(labels) / pictures)
         loss = self.phase_loss(z0 if epoch < self.guide_epochs else None, z, text, labels)
         # Without a hit W_c and its LN have no gradient, as in the release: weight decay and momentum do not move them.
@@ -236,12 +232,12 @@ class CAVPT(VLP):
     """
 
     # v1 prints 200 epochs and 10 of warm-up, at 16 shots. The rates are DPT's, the other epochs CoOp's.
+    tuned = dict(eurosat=5, oxford_flowers=5, food101=5, dtd=5, fgvc_aircraft=20, oxford_pets=37, caltech101=50,
+                 stanford_cars=100)
+    imagenet = {"imagenet": dict(epochs=50, warmup_epochs=1)}
     recipe = VLP.recipe | dict(
-        epochs={1: 50, 2: 100, 4: 100, 8: 200, 16: 200}, datasets={"imagenet": dict(epochs=50, warmup_epochs=1)},
-        variants={"tuned_k_n=True": dict(datasets={name: dict(options=dict(k_n=k_n)) for name, k_n in dict(
-            eurosat=5, oxford_flowers=5, food101=5, dtd=5, fgvc_aircraft=20, oxford_pets=37, caltech101=50,
-            stanford_cars=100).items()} | {"imagenet": dict(epochs=50, warmup_epochs=1)})},
-    )
+        epochs={1: 50, 2: 100, 4: 100, 8: 200, 16: 200}, datasets=imagenet,
+        variants={"tuned_k_n=True": dict(datasets=imagenet | {name: {"options": {"k_n": k}} for name, k in tuned.items()})})
 
     def __init__(self, clip, classnames, templates=("a photo of a {}.",), *, n_ctx=16, n_visual=10, k_n=10,
                  softmax_axis="classes", keep_vpt=False, cavpt_loss=True, base="vlp", tuned_k_n=False):
@@ -257,11 +253,6 @@ class CAVPT(VLP):
             self.visual_prompts = nn.Parameter(self.visual_prompts[:-1].detach().clone())
         joint, width = self.zero_shot.shape[1], self.visual_prompts.shape[-1]
         self.cavpt = TemplatePrompts(joint, width, len(classnames), softmax_axis).to(self.zero_shot.device)
-
-    @property
-    def prompt_texts(self):
-        """See Method."""
-        return super().prompt_texts if self.base == "vlp" else Method.prompt_texts.fget(self)
 
     def encode_text(self):
         """-> (K, E): W, not normalised, or the zero-shot classifier."""

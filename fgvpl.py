@@ -36,7 +36,8 @@ Left open, and here chosen:
     the validation shots, never on test pictures, which its code uses on ImageNet. Without such shots they stay.
 
 To use it elsewhere, copy this file, clip_min.py and assets/bpe_merges.txt.gz.
-B images, K classes, N patches, n cached pictures, H heads, L layers, D width of the image tower, E joint width.
+B images, K classes, N patches, n cached pictures, H heads, L layers, D width of the image tower, E joint width. As in
+the paper z_l are hidden states, not image features, which are f.
 """
 
 import math

@@ -101,8 +101,7 @@ class UPT(Method):
         self.prompts = nn.Buffer(prompts, persistent=False)
 
     @property
-    def prompt_texts(self):
-        """See Method."""
+    def prompt_texts(self):  # as Method's, without a draw of dropout for contexts()
         return [f"[{self.n_ctx} vectors] {name}." for name in self.classnames]
 
     def tower_prompts(self):

@@ -22,7 +22,8 @@ Where the prompts stand among the tokens does not matter, since they have no pos
 Official code of DPT: github.com/fanrena/DPT, trainers/VPT.py.
 
 To use it elsewhere, copy this file, clip_min.py and assets/bpe_merges.txt.gz.
-B images, N patches, P = n_visual prompts, D width of the image tower, E joint width, L layers.
+B images, N patches, P = n_visual prompts, D width of the image tower, E joint width (in equations the papers'
+patches), L layers.
 """
 
 import torch

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from clip_min import UserError, full_precision
+from clip_min import UserError, encode, full_precision
 from coop import CoOp
 
 
@@ -35,10 +35,11 @@ class CoCoOp(CoOp):
                   batch_size=1, epochs=10)
 
     def __init__(self, clip, classnames, templates=("a photo of a {}.",), *, n_ctx=4, ctx_init="a photo of a"):
-        if n_ctx < 1:
-            raise UserError(f"n_ctx is {n_ctx}: it must be 1 or more.")
-        super().__init__(clip, classnames, templates, n_ctx=n_ctx)
-        self.start_from(ctx_init)
+        words = len(encode(ctx_init.replace("_", " ")))
+        if n_ctx < 1 or words not in (0, n_ctx):
+            raise UserError(f"n_ctx is {n_ctx} and ctx_init has {words} tokens: choose 1 or more vectors, and as many tokens "
+                            "or none.")
+        super().__init__(clip, classnames, templates, n_ctx=n_ctx, ctx_init=ctx_init)
         joint, width = self.zero_shot.shape[1], self.ctx.shape[1]
         self.meta_net = nn.Sequential(nn.Linear(joint, joint // 16), nn.ReLU(), nn.Linear(joint // 16, width))
         self.meta_net.to(self.ctx.device)

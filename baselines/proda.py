@@ -51,11 +51,6 @@ class ProDA(Method):
         places = (0, self.n_ctx // 2, self.n_ctx)
         self.prompts = nn.ModuleList(Prompts(self.clip, self.classnames, self.n_ctx, n_front) for n_front in places)
 
-    @property
-    def prompt_texts(self):
-        """See Method."""
-        return [f"[{self.n_prompts} x {self.n_ctx} vectors] {name}." for name in self.classnames]
-
     def contexts(self):
         """-> (n_prompts, M, D)."""
         return self.ctx

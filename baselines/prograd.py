@@ -19,7 +19,7 @@ B images, K classes, M = n_ctx, D text width.
 import torch
 import torch.nn.functional as F
 
-from clip_min import UserError, sum_over_processes
+from clip_min import UserError, encode, sum_over_processes
 from coop import CoOp
 
 
@@ -32,11 +32,14 @@ class ProGrad(CoOp):
     recipe = CoOp.recipe
 
     def __init__(self, clip, classnames, templates=("a photo of a {}.",), *, n_ctx=16, ctx_init="", lam=1.0):
-        if n_ctx < 1:
-            raise UserError(f"n_ctx is {n_ctx}: it must be 1 or more.")
+        words = encode(ctx_init.replace("_", " "))
+        if n_ctx < max(1, len(words)):
+            raise UserError(f"n_ctx is {n_ctx}: it must be 1 or more, and {len(words)} tokens of ctx_init must fit.")
         super().__init__(clip, classnames, templates, n_ctx=n_ctx)
-        self.start_from(ctx_init)
-        self.lam = lam
+        self.ctx_init, self.lam = ctx_init.replace("_", " "), lam
+        if words:
+            self.ctx.data.zero_()
+            self.ctx.data[-len(words) :] = clip.text.token_embedding.weight[words]
 
     def loss(self, images, labels, epoch=0):
         """labels (B,) -> scalar with the value of L_ce and the gradient G, so that any training loop takes its step."""
