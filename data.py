@@ -28,7 +28,7 @@ from torchvision import transforms as T
 
 from clip_min import MEAN, STD, UserError, preprocess
 from support.benchmarks import BENCHMARKS, Source, identify, read_benchmark
-from support.checks import (  # noqa: F401 (but for the warnings they are for train.py and report.py)
+from support.checks import (  # noqa: F401 (what is not used here is for train.py and report.py)
     columns,
     require_same_classes,
     split_classes,
@@ -116,7 +116,10 @@ def sample(items, k, rng):
     groups = {}  # by label, in order of first appearance
     for item in items:
         groups.setdefault(item[1], []).append(item)
-    return [item for group in groups.values() for item in (rng.sample(group, k) if len(group) >= k else group)]
+    chosen = []
+    for group in groups.values():
+        chosen += rng.sample(group, k) if len(group) >= k else group
+    return chosen
 
 
 # ---- A picture ----
@@ -142,7 +145,7 @@ def augment(resolution, scale=(0.08, 1.0)):
 
 
 class Pictures:
-    """A picture's view -> (tensor, label). A view is (number of the picture, seed of its random transform).
+    """A view of a picture -> (tensor, label). A view is (the picture's number, the seed of the random transform).
 
     The seed is None where the transform is not random. A picture that cannot be read stops the run: skipping it would
     change the score.
@@ -222,7 +225,7 @@ class Batches:
     def share(self, rank=0, processes=1):
         """A walk in which each of several processes gets every `processes`-th batch."""
         self.walks += 1
-        rng = random.Random(f"{self.seed} -{self.walks}")  # the minus keeps it apart from the stream of an epoch
+        rng = random.Random(f"{self.seed} -{self.walks}")  # the minus tells a walk from the epoch of this number
         batches = self.in_batches(range(len(self.pictures.items)), rng)[rank::processes]
         for n, batch in enumerate(self.tensors(batches), 1):
             show(f"pictures  walk {self.walks}, batch {n} of {len(batches)}")

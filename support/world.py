@@ -52,7 +52,7 @@ def find_world(name, root):
 
 
 def draw_world(name, folder):
-    """Draw folder/{train,test}/<class>/NNN.png, the same on any machine."""
+    """Draw folder/{train,test}/<class>/NNN.png."""
     drawn, rng = WORLD[name], random.Random(name)
     for subset, count in ("train", 48), ("test", 50):
         for texture, colour in itertools.product(CLASS_TEXTURES, CLASS_COLOURS):
