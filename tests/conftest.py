@@ -97,6 +97,28 @@ def clip():
     return random_clip()
 
 
+@pytest.fixture(params=["fp32", "fp64"])
+def precision(request, monkeypatch):
+    """The test runs once as the house computes, and once more with every fp32 number of it in double precision.
+
+    A test lists it in front of its CLIP. Pictures that stand in the test's file are cast, too.
+    """
+    if request.param == "fp64":
+        def cast(value):
+            if isinstance(value, torch.Tensor):
+                return value.double() if value.is_floating_point() else value
+            return [cast(item) for item in value]
+
+        for name in ("IMAGES", "VIEWS"):
+            if name in vars(request.module):
+                monkeypatch.setattr(request.module, name, cast(vars(request.module)[name]))
+        monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
+        monkeypatch.setattr(torch, "float32", torch.float64)
+        torch.set_default_dtype(torch.float64)
+    yield request.param
+    torch.set_default_dtype(torch.float)
+
+
 def openai_module(name):
     """OpenAI's "model" or "simple_tokenizer" from PyPI's clip-anytorch, or a skip. Its __init__ imports too much."""
     spec = importlib.util.find_spec("clip")

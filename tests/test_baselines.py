@@ -1,4 +1,4 @@
-"""What baselines.py promises: the five methods equal slow, literal versions of their equations."""
+"""What the files in baselines/ promise: the methods equal slow, literal versions of their equations."""
 
 import ast
 import copy
@@ -18,10 +18,10 @@ import torch.nn.functional as F
 from conftest import TINY, random_clip, random_state_dict
 from test_clip import assert_equal, picture, plain_text
 
-import baselines
 import data
 import fgvpl
 import train
+from baselines import linear_probe
 from baselines.clip_adapter import CLIPAdapter
 from baselines.cocoop import CoCoOp
 from baselines.linear_probe import LinearProbe
@@ -269,7 +269,7 @@ def test_the_linear_probe_is_scikit_learns_solution(clip):
     labels = torch.cat([labels for _, labels in few_shot])
     for strength in (1.0, 0.1, 0.01):
         theirs = linear_model.LogisticRegression(C=strength, max_iter=100_000, tol=1e-12).fit(f.numpy(), labels.numpy())
-        weight, bias = baselines.fit(f, labels, strength, 5)
+        weight, bias = linear_probe.fit(f, labels, strength, 5)
         assert float((weight - torch.tensor(theirs.coef_)).abs().max()) < 1e-4
         assert float((bias - torch.tensor(theirs.intercept_)).abs().max()) < 1e-4
     method = LinearProbe(clip, NAMES)
@@ -283,7 +283,7 @@ def test_the_linear_probe_is_scikit_learns_solution(clip):
 def test_the_gradient_vanishes_at_the_linear_probes_solution():
     generator = torch.Generator().manual_seed(0)
     f, labels = 3 + torch.randn(20, 6, generator=generator).double(), torch.arange(20) % 4
-    weight, bias = (x.requires_grad_() for x in baselines.fit(f, labels, 0.5, 4))
+    weight, bias = (x.requires_grad_() for x in linear_probe.fit(f, labels, 0.5, 4))
     objective = 0.5 * F.cross_entropy(f @ weight.T + bias, labels, reduction="sum") + weight.square().sum() / 2
     objective.backward()
     assert float(weight.grad.abs().max()) < 1e-6 and float(bias.grad.abs().max()) < 1e-6
@@ -297,13 +297,13 @@ def test_the_strength_is_searched_as_in_the_official_code(monkeypatch):
         tried.append(round(math.log10(strength), 6))
         return torch.tensor([[0.0], [-1.0]]).double(), torch.tensor([0.0, 20 - abs(tried[-1] - 2.7)]).double()
 
-    monkeypatch.setattr(baselines, "fit", solver)
+    monkeypatch.setattr(linear_probe, "fit", solver)
     thresholds = 20 - torch.linspace(0, 10, 2001).double().unsqueeze(1)
-    found = baselines.choose_strength(None, None, thresholds, torch.ones(2001, dtype=torch.long), 2)
+    found = linear_probe.choose_strength(None, None, thresholds, torch.ones(2001, dtype=torch.long), 2)
     assert tried[:7] == [6, 4, 2, 0, -2, -4, -6] and len(tried) == 7 + 2 * 8
     assert tried[7:15] == [1, 3, 2, 3, 2.5, 3, 2.5, 2.75] and math.log10(found) == pytest.approx(2.7, abs=0.02)
     never_right = torch.zeros(2001, dtype=torch.long)  # of equals the first of the seven, then the smaller of two
-    assert baselines.choose_strength(None, None, thresholds - 40, never_right, 2) == pytest.approx(1e5)
+    assert linear_probe.choose_strength(None, None, thresholds - 40, never_right, 2) == pytest.approx(1e5)
 
 
 def test_the_linear_probe_uses_the_validation_pictures_where_there_are_some(clip):
@@ -313,8 +313,8 @@ def test_the_linear_probe_uses_the_validation_pictures_where_there_are_some(clip
 
     f, val_f = (torch.cat([clip.encode_image(images) for images, _ in part]).double() for part in (few_shot, val))
     labels, val_labels = (torch.cat([labels for _, labels in part]) for part in (few_shot, val))
-    strength = baselines.choose_strength(f, labels, val_f, val_labels, 5)
-    weight, bias = baselines.fit(f, labels, strength, 5)
+    strength = linear_probe.choose_strength(f, labels, val_f, val_labels, 5)
+    weight, bias = linear_probe.fit(f, labels, strength, 5)
     assert float(method.strength) == pytest.approx(strength, rel=1e-6) and strength != 1
     assert_equal(method.weight, weight.float(), relative=1e-4)
     assert_equal(method.bias, bias.float(), relative=1e-4)
@@ -323,7 +323,7 @@ def test_the_linear_probe_uses_the_validation_pictures_where_there_are_some(clip
     other = LinearProbe(clip, NAMES)
     other.prepare(few_shot, [])
     assert other.strength == 1 and not torch.equal(other.weight, method.weight)
-    assert_equal(other.weight, baselines.fit(f, labels, 1.0, 5)[0].float(), relative=1e-4)
+    assert_equal(other.weight, linear_probe.fit(f, labels, 1.0, 5)[0].float(), relative=1e-4)
 
 
 # ---- What learns ----
@@ -549,32 +549,48 @@ def test_zero_shot_with_seven_templates_is_beside_fg_vpls(backbone, expected, mo
     assert [value for value, _ in benchmarks.published(run, "imagenet")] == expected
 
 
-# ---- The file can be copied ----
+# ---- A file can be copied ----
+
+FILES = {name: method.__name__ for name, method in METHODS.items()} | dict(zeroshot="ZeroShot")
+NEEDS_COOP = {"cocoop", "prograd", "proda", "clip_adapter"}
 
 
-def test_the_file_imports_only_what_it_may():
+def test_every_file_of_the_folder_is_tested():
+    assert {file.stem for file in (ROOT / "baselines").glob("*.py")} == {*FILES, "__init__"}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_the_file_imports_only_what_it_may(name):
     imported = set()
-    for node in ast.walk(ast.parse((ROOT / "baselines.py").read_text(encoding="utf-8"))):
+    for node in ast.walk(ast.parse((ROOT / "baselines" / f"{name}.py").read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             imported |= {alias.name.split(".")[0] for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             imported.add("." * node.level + (node.module or "").split(".")[0])
-    assert imported <= {"torch", "math", "clip_min"}
+    assert imported <= {"torch", "math", "clip_min"} | ({"coop"} if name in NEEDS_COOP else set())
 
 
-def test_the_file_works_when_copied_with_clip_min(tmp_path, monkeypatch):
-    for name in ("baselines.py", "clip_min.py"):
-        shutil.copy(ROOT / name, tmp_path)
+@pytest.mark.parametrize("name", FILES)
+def test_the_file_works_when_copied_with_what_its_head_names(name, tmp_path, monkeypatch):
+    head = " ".join(ast.get_docstring(ast.parse((ROOT / "baselines" / f"{name}.py").read_text("utf-8"))).split())
+    copying = head[head.index("copy this file") :]
+    needed = ["coop.py"] if name in NEEDS_COOP else []
+    assert [word for word in ("coop.py", "vpt.py", "data.py", "train.py", "support") if word in copying] == needed
+    assert "clip_min.py" in copying and "assets/bpe_merges.txt.gz" in copying
     (tmp_path / "assets").mkdir()
-    shutil.copy(ROOT / "assets" / "bpe_merges.txt.gz", tmp_path / "assets")
+    (tmp_path / "baselines").mkdir()
+    for file in (f"baselines/{name}.py", "clip_min.py", "assets/bpe_merges.txt.gz", *needed):
+        shutil.copy(ROOT / file, tmp_path / file)
     others = [path for path in sys.path if Path(path).resolve() not in (ROOT, ROOT / "tests")]
     monkeypatch.setattr(sys, "path", [str(tmp_path), *others])
-    for name in ("clip_min", "data", "train", "baselines"):
-        monkeypatch.delitem(sys.modules, name, raising=False)
-    module, core = importlib.import_module("baselines"), importlib.import_module("clip_min")
-    assert Path(module.__file__).parent == tmp_path and Path(core.__file__).parent == tmp_path
+    ours = [module for module in sys.modules
+            if module.split(".")[0] in ("clip_min", "coop", "data", "train", "support", "baselines")]
+    for module in ours:
+        monkeypatch.delitem(sys.modules, module)
+    method, core = importlib.import_module(f"baselines.{name}"), importlib.import_module("clip_min")
+    for module in method, core, *(sys.modules[file.removesuffix(".py")] for file in needed):
+        assert tmp_path in Path(module.__file__).parents
     clip = core.CLIP.from_state_dict(random_state_dict(**TINY))
-    for method in METHODS.values():
-        assert getattr(module, method.__name__)(clip, NAMES)(picture(32, 2)).shape == (2, 5)
-    for name in ("clip_min", "baselines"):
-        monkeypatch.delitem(sys.modules, name)  # the copies go, the originals come back
+    assert getattr(method, FILES[name])(clip, NAMES)(picture(32, 2)).shape == (2, 5)
+    for module in [module for module in sys.modules if module.split(".")[0] in ("clip_min", "coop", "baselines")]:
+        monkeypatch.delitem(sys.modules, module)  # the copies go, the originals come back

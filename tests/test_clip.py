@@ -30,10 +30,11 @@ from conftest import (
     random_state_dict,
 )
 from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import clip_min
-from clip_min import CLIP, MEAN, STD, UserError, preprocess, tokenize
+from clip_min import CLIP, MEAN, STD, LastBlock, UserError, preprocess, tokenize
 from coop import CoOp
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -114,8 +115,9 @@ def checksum(state):
 
 
 def assert_equal(ours, theirs, relative=1e-5):
-    """The largest difference, relative to the largest value."""
-    assert ours.shape == theirs.shape
+    """The largest difference, relative to the largest value. In double precision 1e-7 of that is allowed."""
+    assert ours.shape == theirs.shape and ours.dtype == theirs.dtype
+    relative = 1e-7 * relative if theirs.dtype == torch.double else relative
     ours, theirs = ours.detach(), theirs.detach()
     difference, scale = float((ours - theirs).abs().max()), float(theirs.abs().max())
     assert difference <= relative * scale, f"differ by {difference / scale:.1e}, allowed is {relative:.0e}"
@@ -162,6 +164,51 @@ def embedding_gradient(clip, encode, tokens):
     features = encode(tokens)
     loss = (features * torch.randn(features.shape, generator=torch.Generator().manual_seed(2))).sum()
     return torch.autograd.grad(loss, weight)[0]
+
+
+class Operators(TorchDispatchMode):
+    """Notes every operator that runs: its name such as "addmm", its arguments, and the shapes of what it makes."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        made = operator(*args, **(kwargs or {}))
+        shapes = [tuple(x.shape) for x in (made if isinstance(made, (tuple, list)) else [made])
+                  if isinstance(x, torch.Tensor)]  # fmt: skip
+        self.calls.append((operator.name().removeprefix("aten::").split(".")[0], args, shapes))
+        return made
+
+    def rows(self):
+        """-> how many tokens entered each linear layer, in ascending order."""
+        return sorted(len(args[1]) for name, args, _ in self.calls if name == "addmm")
+
+
+def watch_attention(block, monkeypatch):
+    """-> a list that grows by the weights (B, H, T, U) of every attention that this block's forward computes."""
+    seen, forward, attend = [], block.forward, clip_min.attend
+
+    def record(q, kv, mask=None, causal=False):
+        assert mask is None and not causal
+        scores = q.squeeze(2).transpose(1, 2) @ kv[:, :, 0].permute(0, 2, 3, 1)
+        seen.append((scores / q.shape[-1] ** 0.5).softmax(dim=-1))
+        return attend(q, kv)
+
+    def watched(*args, **kwargs):
+        with monkeypatch.context() as patch:
+            patch.setattr(clip_min, "attend", record)
+            return forward(*args, **kwargs)
+
+    monkeypatch.setattr(block, "forward", watched)
+    return seen
+
+
+def as_last_block(block):
+    """A LastBlock with another block's weights: it alone takes a mask."""
+    last = LastBlock(len(block.ln_1.weight), block.attn.heads)
+    last.load_state_dict(block.state_dict())
+    return last
 
 
 def clip_min_without_assets(folder):
@@ -322,13 +369,13 @@ ALIKE = {
 
 
 @pytest.mark.parametrize("texts", ALIKE.values(), ids=ALIKE)
-def test_shared_prefix_equals_encoding_every_text_alone(texts, clip):
+def test_shared_prefix_equals_encoding_every_text_alone(texts, precision, clip):
     tokens = tokenize(texts)
     assert_equal(clip.encode_text(tokens), plain_encode_text(clip, tokens))
 
 
 @pytest.mark.parametrize("texts", ALIKE.values(), ids=ALIKE)
-def test_shared_prefix_has_the_gradients_of_encoding_every_text_alone(texts, clip):
+def test_shared_prefix_has_the_gradients_of_encoding_every_text_alone(texts, precision, clip):
     tokens = tokenize(texts)
     ours = embedding_gradient(clip, clip.encode_text, tokens)
     plain = embedding_gradient(clip, lambda tokens: plain_encode_text(clip, tokens), tokens)
@@ -350,14 +397,14 @@ def test_autograd_keeps_no_copy_of_what_many_texts_share(clip, monkeypatch):
     def kept():
         """-> how many numbers the text tower's graph holds, each tensor counted once."""
         sizes = {}
-        shared, own, eot = clip.text.embed(tokenize([f"{'a ' * 40}{i}" for i in range(40)]))
+        x, layout = clip.text.embed(tokenize([f"{'a ' * 40}{i}" for i in range(40)]))
 
         def keep(x):
             sizes[x.data_ptr()] = x.numel()
             return x
 
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-            features = clip.text(shared.clone().requires_grad_(), own, eot)
+            features = clip.text(x.clone().requires_grad_(), layout)
         assert features.requires_grad  # and the graph lives until here, so that no address is used twice
         return sum(sizes.values())
 
@@ -367,35 +414,66 @@ def test_autograd_keeps_no_copy_of_what_many_texts_share(clip, monkeypatch):
 
 
 def test_the_shared_prefix_is_computed_once_and_nothing_behind_the_last_end_mark(clip):
-    shared, own, eot = clip.text.embed(tokenize(["a photo of a cat.", "a photo of a shovel-nosed ray."]))
-    assert shared.shape == (1, 5, 64)  # start, a photo of a
+    tokens = tokenize(["a photo of a cat.", "a photo of a shovel-nosed ray."])
+    x, layout = clip.text.embed(tokens)
+    common, own = layout.split(x)
+    assert common.shape == (5, 64)  # start, a photo of a
     assert own.shape == (2, 7, 64)  # shovel-nosed ray . end
-    assert eot.tolist() == [2, 6]  # within own
+    assert layout.eot.tolist() == [5 + 2, 5 + 7 + 6]  # in the stream
+    assert x.shape == (5 + 2 * 7, 64)
+    embedded = clip.text.token_embedding(tokens[:, :12]) + clip.text.positional_embedding[:12]
+    assert torch.equal(common, embedded[0, :5]) and torch.equal(own, embedded[:, 5:])
+    for block, rows in zip(clip.text.blocks, ([19, 19, 19, 19], [2, 2, 2, 2, 19]), strict=True):
+        with Operators() as operators:
+            x = block(x, layout)
+        assert operators.rows() == rows  # qkv, out, two of the MLP; in the last block all of that is for the end marks
 
 
 def test_a_prompt_may_be_shared_or_not(clip):
     """Every split of the same prompts gives the same features: methods choose their own."""
     tokens = tokenize(["a photo of a cat.", "a photo of a large dog."])
-    shared, own, eot = clip.text.embed(tokens)
-    for p in range(1, shared.shape[1]):
-        longer = torch.cat([shared[:, p:].expand(2, -1, -1), own], dim=1)
-        features = clip.text(shared[:, :p], longer, eot + shared.shape[1] - p)
-        assert_equal(features, clip.encode_text(tokens))
+    longest = clip.text.embed(tokens)[1].n_common
+    assert longest == 5
+    for n_common in range(1, longest + 1):
+        x, layout = clip.text.embed(tokens, n_common)
+        assert x.shape == (n_common + 2 * (9 - n_common), 64)
+        assert_equal(clip.text(x, layout), plain_encode_text(clip, tokens))
 
 
 def test_a_loop_over_the_text_blocks_equals_encode_text(clip):
     tokens = tokenize(CAPTIONS)
-    shared, own, eot = clip.text.embed(tokens)
+    x, layout = clip.text.embed(tokens)
     for block in clip.text.blocks:
-        shared, own = block(shared, own, eot)
-    assert own.shape == (3, 1, 64)
-    assert torch.equal(clip.text.project(own), clip.encode_text(tokens))
+        x = block(x, layout)
+    assert x.shape == (3, 64)
+    assert torch.equal(clip.text.project(x), clip.encode_text(tokens))
+
+
+@pytest.mark.parametrize("texts", ALIKE.values(), ids=ALIKE)
+@pytest.mark.parametrize("many", [False, True])
+def test_no_block_makes_a_mask(many, texts, clip, monkeypatch):
+    """The layout has them, and what is causal needs none."""
+    if many:
+        monkeypatch.setattr(clip_min, "MANY_TEXTS", 0)
+    x, layout = clip.text.embed(tokenize(texts))
+    x.requires_grad_()
+    masks = {tuple(layout.mask.shape[-2:]), (layout.n_common, layout.n_common)} - {(1, 1)}  # others have that shape
+    for block in clip.text.blocks:
+        with Operators() as operators:
+            x = block(x, layout)
+        names = {name for name, _, _ in operators.calls}
+        assert {"addmm", "cat"} <= names, "it has seen the block"
+        makers = ("tril", "triu", "ones", "zeros", "full", "where", "arange", "masked_fill", "new_full", "ones_like",
+                  "full_like", "zeros_like", "scalar_tensor", "lt", "le", "gt", "ge", "logical_not")  # fmt: skip
+        assert not names & {maker + end for maker in makers for end in ("", "_")}
+        made = {shape[-2:] for _, _, shapes in operators.calls for shape in shapes}
+        assert not made & masks, "no tensor with the shape of a mask"
 
 
 # ---- The image tower's shortcut is exact ----
 
 
-def test_the_last_block_computes_the_class_token_as_if_it_computed_them_all(clip):
+def test_the_last_block_computes_the_class_token_as_if_it_computed_them_all(precision, clip):
     x = clip.visual.embed(picture(32, 3))
     *blocks, last = clip.visual.blocks
     for block in blocks:
@@ -413,7 +491,7 @@ def test_a_loop_over_the_image_blocks_equals_encode_image(clip):
     assert torch.equal(clip.visual.project(x), clip.encode_image(images))
 
 
-def test_gradients_through_the_image_tower_equal_computing_every_token(clip):
+def test_gradients_through_the_image_tower_equal_computing_every_token(precision, clip):
     x = clip.visual.embed(picture(32, 3))
     prompts = torch.randn(5, 128).requires_grad_(True)
 
@@ -479,7 +557,7 @@ def concatenated(block, x, prompts):
 
 @pytest.mark.parametrize("layer", [0, -1])
 @pytest.mark.parametrize("shape", PROMPTS.values(), ids=PROMPTS)
-def test_prompts_give_the_outputs_and_gradients_of_concatenated_tokens(shape, layer, clip):
+def test_prompts_give_the_outputs_and_gradients_of_concatenated_tokens(shape, layer, precision, clip):
     block, x, prompts = block_and_inputs(clip, layer, shape)
     ours, plain = block(x, prompts), concatenated(block, x, prompts)
     assert ours.shape == ((3, 1, 128) if layer == -1 else (3, 5, 128))
@@ -497,20 +575,21 @@ def test_prompts_give_the_outputs_and_gradients_of_concatenated_tokens(shape, la
 
 def test_all_tokens_of_the_last_block_on_request(clip):
     block, x, prompts = block_and_inputs(clip, -1, (5, 128))
-    assert_equal(block(x, prompts, all_tokens=True), concatenated(block, x, prompts))
-    assert_equal(block(x, all_tokens=True), plain_block(block, x))
+    assert_equal(block.all_tokens(torch.cat([x, prompts.expand(3, -1, -1)], dim=1))[:, :5],
+                 concatenated(block, x, prompts))
+    assert_equal(block.all_tokens(x), plain_block(block, x))
 
 
 @pytest.mark.parametrize("layer", [0, -1])
 @pytest.mark.parametrize("shape", [(5, 128), (3, 5, 128)])
-def test_a_mask_hides_tokens_and_prompts_as_if_they_were_not_there(shape, layer, clip):
+def test_a_mask_hides_tokens_and_prompts_as_if_they_were_not_there(shape, layer, precision, clip):
     block, x, prompts = block_and_inputs(clip, layer, shape)
     mask = torch.ones(3, 10, dtype=torch.bool)
     mask[:, [2, 7]] = False  # a patch and the third prompt
     seen = prompts[..., [0, 1, 3, 4], :]
     plain = concatenated(block, x[:, [0, 1, 3, 4]], seen)
-    ours = block(x, prompts, mask)
-    assert_equal(ours if layer == -1 else ours[:, [0, 1, 3, 4]], plain[:, :1] if layer == -1 else plain)
+    assert_equal(as_last_block(block)(x, prompts, mask), plain[:, :1])
+    assert not torch.allclose(as_last_block(block)(x, prompts), plain[:, :1], rtol=0.01)  # they were there
 
 
 @pytest.mark.parametrize("layer", [0, -1])
@@ -532,7 +611,7 @@ def test_prompts_in_half_precision(shape, layer, clip):
 
 @pytest.mark.parametrize("layer", [0, -1])
 @pytest.mark.parametrize("shape", PROMPTS.values(), ids=PROMPTS)
-def test_attention_weights_with_prompts_are_the_rows_of_a_literal_softmax(shape, layer, clip):
+def test_attention_weights_with_prompts_are_the_rows_of_a_literal_softmax(shape, layer, precision, clip):
     block, x, prompts = block_and_inputs(clip, layer, shape)
     p = dict(block.named_parameters())
     tokens = F.layer_norm(torch.cat([x, prompts.expand(3, -1, -1)], dim=1), (128,), p["ln_1.weight"], p["ln_1.bias"])
@@ -546,7 +625,7 @@ def test_attention_weights_with_prompts_are_the_rows_of_a_literal_softmax(shape,
         assert_equal(weights[picture_, head, query], scores.exp() / scores.exp().sum())
 
 
-def test_the_image_blocks_take_one_set_of_prompts_each(clip):
+def test_the_image_blocks_take_one_set_of_prompts_each(precision, clip):
     """VPT's loop against every token in every layer, the prompts replaced."""
     images, prompts = picture(32, 3), torch.randn(2, 4, 128, generator=torch.Generator().manual_seed(6))
     x = plain = clip.visual.embed(images)
@@ -566,8 +645,11 @@ def short_clip():
 
 def test_a_clip_may_read_32_tokens(short_clip, clip):
     assert torch.equal(short_clip.classifier(["cat", "dog"]), clip.classifier(["cat", "dog"]))
-    for ours, plain in zip(short_clip.embed_prompts(["cat"], 16), clip.embed_prompts(["cat"], 16), strict=True):
-        assert torch.equal(ours, plain)
+    (ours, layout), (plain, of_plain) = short_clip.embed_prompts(["cat"], 16), clip.embed_prompts(["cat"], 16)
+    assert torch.equal(ours, plain) and layout.n_common == of_plain.n_common == 19
+    of_plain = dict(of_plain.named_buffers())
+    assert of_plain and all(torch.equal(buffer, of_plain[name]) for name, buffer in layout.named_buffers())
+    assert torch.equal(short_clip.text(ours, layout), clip.encode_text(clip.tokenize("X " * 16 + "cat.")))
 
 
 def test_a_text_too_long_for_a_clip_of_32_tokens_is_one_sentence(short_clip):
@@ -637,11 +719,12 @@ def test_shapes_of_the_image_tower(clip):
 
 def test_shapes_of_the_text_tower(clip):
     tokens = tokenize(["a photo of a cat.", "a photo of a dog.", "a photo of an ox."])
-    shared, own, eot = clip.text.embed(tokens)
-    assert (shared.shape, own.shape, eot.shape) == ((1, 4, 64), (3, 4, 64), (3,))
-    assert [x.shape for x in clip.text.blocks[0](shared, own, eot)] == [(1, 4, 64), (3, 4, 64)]
-    assert clip.text.blocks[-1](shared, own, eot)[1].shape == (3, 1, 64)
-    assert clip.text.project(own[:, :1]).shape == (3, 64)
+    x, layout = clip.text.embed(tokens)
+    assert x.shape == (4 + 3 * 4, 64) and (layout.n_common, layout.n_prompts, layout.eot.shape) == (4, 3, (3,))
+    assert [part.shape for part in layout.split(x)] == [(4, 64), (3, 4, 64)]
+    assert clip.text.blocks[0](x, layout).shape == (4 + 3 * 4, 64)
+    assert clip.text.blocks[-1](x, layout).shape == (3, 64)
+    assert clip.text.project(x[:3]).shape == clip.text(x, layout).shape == (3, 64)
     assert clip.encode_text(tokens).shape == (3, 64)
 
 

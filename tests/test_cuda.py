@@ -20,7 +20,7 @@ from PIL import Image
 import data
 import train
 from clip_min import load_clip, preprocess
-from support.machine import Machine
+from support.machine import Machine, cast_products
 
 DEVICE = torch.device("cuda")
 pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA GPU")]
@@ -105,7 +105,7 @@ def test_towers_held_in_half_precision_compute_the_same_numbers(name, epoch, dty
         method.zero_grad()
         loss.backward()
         results.append([loss, *learned_gradients(method).values()])
-        method.clip.cast_products(dtype)
+        cast_products(method.clip, dtype)
     for cast_at_every_use, held in zip(*results, strict=True):
         assert_close(held.detach(), cast_at_every_use.detach().cpu(), name)
 
@@ -166,7 +166,7 @@ def test_a_step_on_vit_b_16_fits_into_8_gb(name, n_classes, capsys):
     images, labels = images.repeat(4, 1, 1, 1), labels.repeat(4)  # 32 pictures
     for precision, dtype in ("fp32", None), ("bf16", torch.bfloat16):
         if dtype:
-            method.clip.cast_products(dtype)
+            cast_products(method.clip, dtype)
         torch.cuda.reset_peak_memory_stats()
         with Machine(DEVICE, dtype, 0).autocast():
             loss = method.loss(images, labels)

@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import TINY, random_state_dict
-from test_clip import assert_equal, picture
+from test_clip import as_last_block, assert_equal, picture, watch_attention
 from test_upt import counted, learned, literal_norm
 from torch import nn
 
@@ -20,7 +20,7 @@ import clip_min
 import data
 import fgvpl
 import train
-from clip_min import CLIP, Attention, Block, UserError
+from clip_min import CLIP, Block, LastBlock, UserError
 from fgvpl import FGVPL, above_otsu, bounding_box, largest_component, object_patches
 from support import settings
 from support.machine import Machine
@@ -353,18 +353,12 @@ def test_rollout_is_the_class_row_of_the_full_product_whose_rows_sum_to_one(clip
 
 
 def test_rollout_uses_the_weights_of_the_forward_pass(clip, monkeypatch):
-    method, passed, rolled = trained(clip), [], []
-    forward, weights = Attention.forward, Block.attention_weights
-
-    def attend(self, q, k, v, mask=None):
-        passed.append((q @ k.mT / 8).softmax(dim=-1))
-        return forward(self, q, k, v, mask)
-
-    monkeypatch.setattr(Attention, "forward", attend)
+    method, rolled, weights = trained(clip), [], Block.attention_weights
+    passed = [watch_attention(block, monkeypatch) for block in clip.visual.blocks]
     monkeypatch.setattr(Block, "attention_weights", lambda self, x: rolled.append(weights(self, x)) or rolled[-1])
     method.run_blocks(method.embed(IMAGES))
-    assert len(passed) == len(rolled) == 3, "one for each of the first L-1 layers"
-    for one, other in zip(passed, reversed(rolled), strict=True):
+    assert len(rolled) == 3 and [len(of_one) for of_one in passed] == [1, 1, 1, 0], "one for each of the first L-1"
+    for (one,), other in zip(passed[:-1], reversed(rolled), strict=True):
         assert_equal(other, one)
 
 
@@ -394,8 +388,8 @@ def test_autograd_stores_no_map_of_all_tokens(parts, clip):
 def test_a_layer_with_hidden_keys_is_the_layer_on_the_tokens_left(clip):
     method = trained(clip)
     z = method.run_blocks(method.embed(IMAGES))[0]
-    for block, x in itertools.product((method.layer, trained(clip, new_layer="light").layer, clip.visual.blocks[0]),
-                                      (z, 3 * z)):
+    light, of_clip = trained(clip, new_layer="light").layer, as_last_block(clip.visual.blocks[0])
+    for block, x in itertools.product((method.layer, light, of_clip), (z, 3 * z)):
         mask = torch.rand(3, 27, generator=torch.Generator().manual_seed(7)) < 0.4
         mask[:, 0] = True
         hidden = block(x, mask=mask)[:, 0]
@@ -434,14 +428,19 @@ def test_the_light_layer_is_random_with_one_head_and_follows_the_seed(clip):
 
 
 def test_without_prompt_adapters_cache_and_object_it_is_zero_shot_clip(clip, monkeypatch):
-    method, expected, forward = trained(clip, alpha=0.0, lam=0.0, beta=0.0), zero_shot(clip), Block.forward
+    method, expected = trained(clip, alpha=0.0, lam=0.0, beta=0.0), zero_shot(clip)
+    run_block, run_last_block = Block.forward, LastBlock.forward
     assert_differs(method(IMAGES), expected)
 
-    def without_prompt(self, x, prompts=None, mask=None, all_tokens=False):
-        seen = (torch.arange(27) < 26).expand(len(x), -1)
-        return forward(self, x, prompts, seen if mask is None else mask & seen, all_tokens)
+    def block_without_prompt(self, x, prompts=None):
+        return torch.cat([run_block(self, x[:, :26], prompts), x[:, 26:]], dim=1)
 
-    monkeypatch.setattr(Block, "forward", without_prompt)
+    def last_block_without_prompt(self, x, prompts=None, mask=None):
+        seen = (torch.arange(27) < 26).expand(len(x), -1)
+        return run_last_block(self, x, prompts, seen if mask is None else mask & seen)
+
+    monkeypatch.setattr(Block, "forward", block_without_prompt)
+    monkeypatch.setattr(LastBlock, "forward", last_block_without_prompt)
     assert_equal(method(IMAGES), expected)
 
 
@@ -883,7 +882,7 @@ def test_maps_without_contrast_make_the_whole_picture_the_object(value, clip, mo
     assert_equal(f_o, f)
     clip_alone = FGVPL(clip, NAMES, parts="tip")
     z = clip_alone.run_blocks(clip_alone.embed(VIEWS[0]))[0]
-    patches = clip.visual.blocks[-1](z, all_tokens=True)[:, 1:].mean(dim=1, keepdim=True)
+    patches = clip.visual.blocks[-1].all_tokens(z)[:, 1:].mean(dim=1, keepdim=True)
     assert_equal(method.cache_features(VIEWS[0])[1], clip.visual.project(patches))
     train_step(method)
     assert method(IMAGES).isfinite().all() and all(p.isfinite().all() for p in learned(method).values())
@@ -1055,12 +1054,12 @@ class FewShot:
 
 
 def test_the_rate_follows_one_cosine_over_all_steps(clip, monkeypatch):
-    settings, rates = {}, []
+    given, rates = {}, []
 
     class Spy(torch.optim.AdamW):
         def __init__(self, groups, **constants):
             super().__init__(groups, **constants)
-            settings.update(constants)
+            given.update(constants)
 
         def step(self, *args, **kwargs):
             rates.append(self.param_groups[0]["lr"])
@@ -1071,7 +1070,7 @@ def test_the_rate_follows_one_cosine_over_all_steps(clip, monkeypatch):
     machine = Machine(torch.device("cpu"), None, 0)
     train.train(prepared(clip, parts="tar"), FewShot(), recipe | dict(epochs=4), machine)
     expected = [0.001 / 2 * (1 + math.cos(math.pi * t / 12)) for t in range(12)]  # 4 epochs of 3 steps
-    assert rates == pytest.approx(expected, rel=1e-9) and settings == dict(eps=1e-4, weight_decay=0.01)
+    assert rates == pytest.approx(expected, rel=1e-9) and given == dict(eps=1e-4, weight_decay=0.01)
 
 
 # ---- Runs ----

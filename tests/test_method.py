@@ -9,10 +9,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import TINY, random_state_dict
-from test_clip import assert_equal, picture
+from test_clip import assert_equal, picture, watch_attention
 
 import train
 from clip_min import CLIP, Method, UserError
+from support.machine import cast_products
 
 # The linear probe learns nothing by steps, prepare() fits it: its promises are tested in test_baselines.py.
 METHODS = {name: method for name, method in train.METHODS.items() if name != "linear_probe"}
@@ -153,7 +154,7 @@ def test_towers_held_in_half_precision_compute_the_same_bits_under_autocast(name
         method.zero_grad()
         loss.backward()
         results.append([loss, logits, *(p.grad for p in learned(method).values())])
-        method.clip.cast_products(torch.bfloat16)
+        cast_products(method.clip, torch.bfloat16)
     assert method.clip.visual.conv1.weight.dtype == torch.bfloat16
     assert method.clip.logit_scale.dtype == method.clip.visual.ln_pre.weight.dtype == torch.float32
     for cast_at_every_use, held in zip(*results, strict=True):
@@ -321,14 +322,15 @@ def test_attention_gives_maps_over_the_patches(name, clip):
 
 @pytest.mark.parametrize("name", [name for name in METHODS if name not in CACHES])
 def test_attention_is_that_of_the_last_block_with_the_prompts(name, clip, monkeypatch):
-    method, seen = trained(name, clip), []
-    attend = clip.visual.blocks[-1].attn.forward
-    monkeypatch.setattr(clip.visual.blocks[-1].attn, "forward",
-                        lambda q, k, v, mask=None: seen.append((q @ k.mT / 8).softmax(dim=-1)) or attend(q, k, v, mask))
+    method = trained(name, clip)
+    seen = watch_attention(clip.visual.blocks[-1], monkeypatch)
     method(IMAGES)
-    ours = method.attention(IMAGES)["attention"]
-    last = seen[len(seen) // 2 - 1]  # the forward's last run of the block: (B, H, 1, 1+N or more)
-    assert_equal(ours, last[:, :, 0, 1:5].mean(dim=1))
+    last = seen[-1]  # of the block's last run: (B, H, 1, 1+N or more)
+    assert_equal(method.attention(IMAGES)["attention"], last[:, :, 0, 1:5].mean(dim=1))
+    weights = method.attention_weights(IMAGES)
+    assert weights.shape[:2] == last.shape[:2] and weights.shape[-1] == last.shape[-1] >= weights.shape[2] >= 5
+    assert_equal(weights[:, :, :1], last)
+    torch.testing.assert_close(weights.sum(dim=-1), torch.ones(weights.shape[:3]))
 
 
 # ---- CLIPs of other kinds ----

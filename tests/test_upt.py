@@ -273,7 +273,7 @@ def test_logits_and_gradients_equal_a_literal_upt_with_other_options(options, cl
 @pytest.mark.parametrize("names", [ALIKE, ["cat"]], ids=["names that begin alike", "one class"])
 def test_overwriting_the_context_leaves_what_classes_share_behind_it(names, tall):
     method, images = trained(tall, names), picture(32, 4)
-    assert method.shared.shape[1] > 1 + 4
+    assert method.layout.n_common > 1 + 4
     assert_equal(method(images), literal_logits(method, images, names), 1e-4)
     if len(names) > 1:  # the loss of a single class is always 0
         assert_same_as_literal(tall, names)
