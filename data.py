@@ -28,14 +28,8 @@ from torchvision import transforms as T
 
 from clip_min import MEAN, STD, UserError, preprocess
 from support.benchmarks import BENCHMARKS, Source, identify, read_benchmark
-from support.checks import (  # noqa: F401 (what is not used here is for train.py and report.py)
-    columns,
-    require_same_classes,
-    split_classes,
-    warn_of_few,
-    warn_of_names,
-    without_trained,
-)
+from support.checks import warn_of_few, warn_of_names
+from support.console import show
 from support.downloads import file_digest
 from support.files import readable
 from support.folders import find_files, read_folder
@@ -164,17 +158,18 @@ class Pictures:
             torch.default_generator.manual_seed(seed)
             return self.transform(picture), label
 
-    def decode_all(self, limit_bytes=KEEP_BYTES):
-        """Decode all pictures once, into memory, if they fit; transforms still run each time. -> whether they fit."""
-        size = 0
-        for path, _ in self.items:
-            with opened(path) as image:
-                size += image.width * image.height * 4  # Pillow's RGB takes 4 bytes
-            if size > limit_bytes:
-                return False
-        with ThreadPoolExecutor() as pool:
-            self.decoded = list(pool.map(lambda item: read(item[0], self.own), self.items))
-        return True
+
+def decode_all(pictures, limit_bytes=KEEP_BYTES):
+    """Decode all pictures once, into memory, if they fit; transforms still run each time. -> whether they fit."""
+    size = 0
+    for path, _ in pictures.items:
+        with opened(path) as image:
+            size += image.width * image.height * 4  # Pillow's RGB takes 4 bytes
+        if size > limit_bytes:
+            return False
+    with ThreadPoolExecutor() as pool:
+        pictures.decoded = list(pool.map(lambda item: read(item[0], pictures.own), pictures.items))
+    return True
 
 
 # ---- Batches ----
@@ -185,7 +180,7 @@ def few_shot_batches(bench, clip, recipe, seed, device, workers):
     resolution, scale = clip.visual.resolution, recipe["crop_scale"]
     transform = augment(resolution, scale) if scale else preprocess(resolution)  # no scale: as CLIP sees them
     pictures = Pictures(bench.train, transform, bench.own)
-    pictures.decode_all()
+    decode_all(pictures)
     return Batches(pictures, recipe["batch_size"], device, workers, seed, recipe.get("drop_last", True))
 
 
@@ -265,11 +260,3 @@ class NextBatches:
 
     def __iter__(self):
         return iter(self.batches)
-
-
-def show(line, keep=False, in_log=False):
-    """One live line on a terminal, written over by the next unless kept. A log gets only the lines meant for it."""
-    if sys.stdout.isatty():
-        print("\r" + line.ljust(70), end="\n" if keep else "", flush=True)
-    elif in_log:
-        print(line, flush=True)

@@ -29,7 +29,8 @@ import train
 from clip_min import Method, UserError, preprocess
 from support import charts
 from support.benchmarks import published
-from support.console import exit_status
+from support.checks import without_trained
+from support.console import exit_status, show
 from support.folders import SUFFIXES, pictures_below, shortened
 from support.machine import Machine, choose_machine
 from support.output import loss_bars, print_table, save_csv, save_picture, save_tensor
@@ -199,7 +200,7 @@ def predict(run, paths, csv_file, threshold):
             raise UserError(f"There is no picture in {path}: choose among files of {', '.join(SUFFIXES)}.")
         files += inside
     answers = likeliest_classes(run, files)
-    data.show("", keep=True)  # the end of the live line
+    show("", keep=True)  # the end of the live line
     rows = [["picture", *(f"{what} {n}" for n in range(1, 6) for what in ("class", "probability"))]]
     for file, answer in answers:
         is_sure = answer[0][1] >= threshold
@@ -245,7 +246,7 @@ def evaluate_on(run, name, root):
     _, path = data.identify(name)
     is_other_folder = path not in ("", run.saved["data_path"])  # all of its pictures are tested
     target = data.load(name, root, shots=0, whole=is_other_folder)
-    target = data.without_trained(target, run.saved["train"], run.saved["data_path"])
+    target = without_trained(target, run.saved["train"], run.saved["data_path"])
     evaluation = train.evaluate_on(run.method, target, run.saved["class_ids"], run.machine)
     papers = [] if target.own else published(run.settings, target.name)
     print(f"{target.name:13} {evaluation.accuracy:.2f} % of {len(target.test)} test pictures{train.quoted(papers)}")

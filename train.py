@@ -38,6 +38,7 @@ from coop import CoOp
 from dpt import CAVPT, DPT, VLP
 from fgvpl import FGVPL
 from support.benchmarks import published
+from support.checks import columns, require_same_classes, split_classes, without_trained
 from support.console import advice, exit_status, print_settings, quoted, show_epoch
 from support.machine import average, cast_products, choose_machine, device_name, gather, join_processes, process_0_first
 from support.runs import Checkpoint, rates, read_prompts, require_finite, reserve, save_run, warn_of_moved
@@ -157,14 +158,14 @@ def load_data(settings, args):
     bench = data.load(settings.data_path or settings.data, args.root, settings.shots, settings.seed)
     if settings.recipe and not bench.train:
         raise UserError(f"{bench.name} has test pictures only: train on other data, with --eval-on {bench.name}.")
-    return data.split_classes(bench) if args.base_to_new else (bench, None)
+    return split_classes(bench) if args.base_to_new else (bench, None)
 
 
 def load_shifts(args, bench, trained_on):
     """-> the Benchmarks of --eval-on, which have the classes of `bench`, without the pictures that are trained on."""
     targets = [data.load(name, args.root, shots=0, whole=True) for name in args.eval_on]
-    data.require_same_classes(bench, targets)
-    return [data.without_trained(target, trained_on, bench.folder) for target in targets]
+    require_same_classes(bench, targets)
+    return [without_trained(target, trained_on, bench.folder) for target in targets]
 
 
 def learn(method, bench, settings, machine, checkpoint):
@@ -279,7 +280,7 @@ def evaluate_on(method, target, class_ids, machine):
     """-> Evaluation on the target's test pictures, under its class names. class_ids: the training data's."""
     if target.classnames != method.classnames:
         with machine.autocast():
-            method = method.for_classes(target.classnames, data.columns(target, class_ids))
+            method = method.for_classes(target.classnames, columns(target, class_ids))
     batches = data.plain_batches(target.test, method.clip, machine.device, machine.workers, target.own)
     return evaluate(method, batches, machine)
 

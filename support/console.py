@@ -1,6 +1,7 @@
 """What a run says on the terminal, and how the two programs end.
 
-train.py prints with these functions what a run is, how far it is, the papers' numbers beside its own, and advice.
+train.py prints with these functions what a run is, how far it is, the papers' numbers beside its own, and advice;
+data.py shows how far a walk through the pictures is.
 train.py and report.py run inside exit_status(): a user's mistake ends with one sentence, never with a traceback.
 """
 
@@ -12,7 +13,6 @@ from contextlib import suppress
 
 import torch
 
-import data
 from clip_min import UserError
 
 
@@ -54,7 +54,15 @@ def print_settings(settings, bench, machine, method):
 def show_epoch(epoch, epochs, loss, rates, seconds_left):
     """The line that an epoch writes over its predecessor's. A log gets ten of them."""
     line = f"epoch {epoch + 1}/{epochs}  loss {loss:.3f}  lr {rates}  {seconds_left:.0f} s left"
-    data.show(line, keep=epoch + 1 == epochs, in_log=(epoch + 1) % max(1, epochs // 10) == 0)
+    show(line, keep=epoch + 1 == epochs, in_log=(epoch + 1) % max(1, epochs // 10) == 0)
+
+
+def show(line, keep=False, in_log=False):
+    """One live line on a terminal, written over by the next unless kept. A log gets only the lines meant for it."""
+    if sys.stdout.isatty():
+        print("\r" + line.ljust(70), end="\n" if keep else "", flush=True)
+    elif in_log:
+        print(line, flush=True)
 
 
 def quoted(papers):

@@ -26,7 +26,7 @@ from torchvision import transforms
 
 import data
 from clip_min import MEAN, STD, UserError, preprocess
-from support import benchmarks, folders, world
+from support import benchmarks, checks, folders, world
 
 SHARED = Path(__file__).parents[2] / "shared"
 DTD_SPLIT = SHARED / "splits" / "split_zhou_DescribableTextures.json"
@@ -488,7 +488,7 @@ def test_a_folder_that_grew_is_tested_without_the_pictures_of_the_training(tmp_p
     grown = data.load(tmp_path, shots=0)
     seen = set(trained.train) & set(grown.test)
     assert seen  # the test would say nothing otherwise
-    clean = data.without_trained(grown, fingerprints, trained.folder)
+    clean = checks.without_trained(grown, fingerprints, trained.folder)
     assert clean.test == [item for item in grown.test if item not in seen]
     assert replace(clean, test=grown.test) == grown
 
@@ -500,20 +500,20 @@ def test_pictures_of_the_training_are_known_by_content_elsewhere_and_by_path_in_
     save(noise((8, 8), seed=999), tmp_path / "there" / trained.relative(second))  # another picture of the same path
     save(noise((8, 8), seed=998), tmp_path / "there" / "b" / "new.png")
     there = data.load(tmp_path / "there", shots=0, whole=True)
-    clean = data.without_trained(there, trained.fingerprints(), trained.folder)
+    clean = checks.without_trained(there, trained.fingerprints(), trained.folder)
     assert {there.relative(path) for path, _ in there.test} - {there.relative(path) for path, _ in clean.test} == {
         "a/renamed.png"}
     fingerprints = trained.fingerprints()
     save(noise((8, 8), seed=997), Path(second))  # the picture was edited after the training
     here = data.load(tmp_path / "here", shots=0, whole=True)
-    clean = data.without_trained(here, fingerprints, trained.folder)
+    clean = checks.without_trained(here, fingerprints, trained.folder)
     assert len(here.test) == 20 and len(clean.test) == 6
 
 
 def test_a_test_set_that_was_trained_on_altogether_is_refused(tmp_path):
     trained = data.load(own_pictures(tmp_path), shots=0)
     with fails(tmp_path.name, "all 14 test pictures"):
-        data.without_trained(replace(trained, test=trained.train), trained.fingerprints(), trained.folder)
+        checks.without_trained(replace(trained, test=trained.train), trained.fingerprints(), trained.folder)
 
 
 # ---- What else a user's folder may hold ----
@@ -982,30 +982,30 @@ def two_folders(root, *classes):
 
 def test_the_same_classes_are_taken_even_if_the_folders_have_one_name(tmp_path):
     bench, *targets = two_folders(tmp_path, "abc", "abc", "abc")
-    data.require_same_classes(bench, targets)
+    checks.require_same_classes(bench, targets)
 
 
 def test_one_folder_named_twice_is_refused(tmp_path):
     bench, target = two_folders(tmp_path, "abc", "abc")
     for targets in [bench], [target, target]:
         with fails(targets[0].folder, "once"):
-            data.require_same_classes(bench, targets)
+            checks.require_same_classes(bench, targets)
 
 
 def test_classes_that_differ_are_named_but_not_all_of_them(tmp_path):
     names = [f"n{i:02}" for i in range(30)]
     bench, target = two_folders(tmp_path, names, [*names[:22], "zebra"])
     with fails("n22, n23, n24, n25, n26 and 4 more"):
-        data.require_same_classes(bench, [target])
+        checks.require_same_classes(bench, [target])
     with fails("order"):
-        data.require_same_classes(bench, [replace(bench, classnames=names[::-1], folder=tmp_path)])
+        checks.require_same_classes(bench, [replace(bench, classnames=names[::-1], folder=tmp_path)])
 
 
 def test_columns_are_the_places_of_the_targets_classes(tmp_path):
     bench, _ = two_folders(tmp_path, "abc", "abc")
-    assert data.columns(replace(bench, class_ids=[7, 3, 9]), [9, 8, 7, 3]) == [2, 3, 0]
-    assert data.columns(replace(bench, class_ids=[7, 3, 5]), [9, 8, 7, 3]) is None
-    assert data.columns(bench, [9, 8, 7]) is None and data.columns(replace(bench, class_ids=[7]), None) is None
+    assert checks.columns(replace(bench, class_ids=[7, 3, 9]), [9, 8, 7, 3]) == [2, 3, 0]
+    assert checks.columns(replace(bench, class_ids=[7, 3, 5]), [9, 8, 7, 3]) is None
+    assert checks.columns(bench, [9, 8, 7]) is None and checks.columns(replace(bench, class_ids=[7]), None) is None
 
 
 # ---- The embedded world ----
@@ -1237,7 +1237,7 @@ def test_the_seed_alone_decides_the_augmentation(items):
 def test_decoded_pictures_are_the_same_and_are_not_read_again(items):
     pictures = data.Pictures(items, preprocess(32))
     before = [pictures[i, None][0] for i in range(5)]
-    assert pictures.decode_all()
+    assert data.decode_all(pictures)
     for path, _ in items:
         Path(path).unlink()
     assert all(torch.equal(pictures[i, None][0], before[i]) for i in range(5)) and pictures[4, None][1] == 4
@@ -1248,25 +1248,25 @@ def test_pictures_that_do_not_fit_are_not_decoded(items, monkeypatch):
     size = 5 * 60 * 40 * 4
     with monkeypatch.context() as patched:
         patched.setattr(data, "read", None)  # the headers are enough to know
-        assert not pictures.decode_all(size - 1)
+        assert not data.decode_all(pictures, size - 1)
     assert pictures[0, None][1] == 0
-    assert pictures.decode_all(size)
+    assert data.decode_all(pictures, size)
 
 
 def test_decoding_names_the_picture_that_cannot_be_read(items):
     Path(items[2][0]).write_text("no picture")
     with fails(items[2][0]):
-        data.Pictures(items, preprocess(32)).decode_all()
+        data.decode_all(data.Pictures(items, preprocess(32)))
     truncated(Path(items[2][0]))
     with fails(items[2][0]):
-        data.Pictures(items, preprocess(32)).decode_all()
+        data.decode_all(data.Pictures(items, preprocess(32)))
 
 
 def test_own_pictures_are_decoded_as_their_owner_sees_them(tmp_path):
     path = save(Image.new("RGBA", (8, 8), (0, 0, 0, 0)), tmp_path / "a.png")
     pictures = data.Pictures([(path, 0)], transforms.ToTensor(), own=True)
     before = pictures[0, None][0]
-    pictures.decode_all()
+    data.decode_all(pictures)
     assert before.min() == 1 and torch.equal(pictures[0, None][0], before)
 
 
@@ -1274,7 +1274,7 @@ def test_own_pictures_are_decoded_as_their_owner_sees_them(tmp_path):
 def test_pictures_reach_workers_that_are_not_forked(items, decode):
     pictures = data.Pictures(items, preprocess(32))
     if decode:
-        pictures.decode_all()
+        data.decode_all(pictures)
     copy = pickle.loads(pickle.dumps(pictures))
     assert torch.equal(copy[1, None][0], pictures[1, None][0]) and copy[1, None][1] == 1
 

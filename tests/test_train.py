@@ -31,7 +31,7 @@ import data
 import train
 from clip_min import Method, UserError, load_clip, preprocess
 from coop import CoOp
-from support import benchmarks, runs
+from support import benchmarks, checks, runs
 from support.machine import Machine
 from support.settings import WORLD_EPOCHS, Settings, resolve_recipe
 
@@ -1017,7 +1017,7 @@ def test_every_method_is_tested_on_the_shifts_and_again_from_its_run(shifted, ro
 @pytest.mark.parametrize("case", CASES)
 def test_for_the_classes_that_remain_a_method_says_what_it_said_before(shifted, root, images, case):
     source, target = (data.load(name, root, 0) for name in ("imagenet", "imagenet_a"))
-    columns = data.columns(target, source.class_ids)
+    columns = checks.columns(target, source.class_ids)
     assert columns == [1, 2] and (source.class_ids, target.class_ids) == ([0, 134, 517, 999], [134, 517])
     method = shifted(case).method
     with torch.no_grad():
