@@ -7,11 +7,13 @@ github.com/openai/CLIP (MIT): same token ids, same key names, same outputs; ViT 
     g(text)  = project(blocks(embed(tokens)))       (K, 77)      -> (K, E)
     logits   = exp(logit_scale) * cos(f, g)         (B, K)
 
-Prompt learning works between the stages: a method writes the loop over the blocks itself. Two shortcuts, exact in
-outputs and gradients: what the prompts have in common ("a photo of a", or learned context) is computed once, not for
-every class, because attention is causal; and the last block computes only the one token that `project` reads.
+Prompt learning works between the stages: a method writes the loop over the blocks itself. Three shortcuts are exact in
+outputs and gradients. What all prompts begin with ("a photo of a", or a learned context) is computed once and not for
+every class, since attention is causal. Visual prompts that nobody reads are keys and values only. And the last block
+computes only the token that is read.
 
-B images, R resolution, N patches, K texts, P shared tokens, S own tokens per text, D width of a tower, E joint width.
+B images, R resolution, N patches, P visual prompts, K texts of C common and S further tokens, D width of a tower, H
+heads of width d, E joint width.
 """
 
 import copy
@@ -130,8 +132,7 @@ def tokenize(texts, context_length=77):
     for row, text in zip(tokens, texts, strict=True):
         ids = [START, *encode(text), END]
         if len(ids) > context_length:
-            shown = regex.sub("^(X )+", "[context] ", text)  # the places of learned vectors, see CLIP.embed_prompts
-            shown = shown if len(shown) <= 80 else shown[:77] + "..."
+            shown = regex.sub("^(X )+", "[context] ", text)[:80]  # an X holds the place of a learned vector
             raise UserError(f'"{shown}" is {len(ids)} tokens long with its start and end marks, CLIP reads '
                             f"{context_length}: shorten the class name, the template or the context.")
         row[: len(ids)] = torch.tensor(ids)
@@ -165,10 +166,9 @@ class Attention(nn.Module):
 
 
 def attend(q, kv, mask=None, causal=False):
-    """q (B, T, 1, H, d), kv (B, U, 2, H, d) -> (B, T, D): T tokens look at U tokens. out_proj comes next.
+    """q (B, T, 1, H, d), kv (B, U, 2, H, d) -> (B, T, D): T tokens look at U, or with causal at those in front of them.
 
-    mask is added to the scores: 0 where a query may look, minus infinity elsewhere. With causal, T tokens look at
-    themselves and at what is in front of them.
+    mask is added to the scores, 0 where a query may look and minus infinity elsewhere, or True where it may look.
     """
     q, k, v = q.squeeze(2).transpose(1, 2), *kv.transpose(1, 3).unbind(2)  # (B, H, T, d), (B, H, U, d) twice
     return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal).transpose(1, 2).flatten(2)
@@ -185,11 +185,10 @@ class Block(nn.Module):
         self.mlp = nn.ModuleDict({"c_fc": nn.Linear(width, 4 * width), "c_proj": nn.Linear(4 * width, width)})
 
     def forward(self, x, prompts=None):
-        """prompts (P, D) or (B, P, D) are tokens beside those of x whose outputs nobody reads.
+        """prompts (P, D) or (B, P, D) are tokens beside those of x whose outputs nobody reads: keys and values only.
 
-        So they are keys and values only: no query, no output projection, no MLP. Prompts (P, D) are the same for every
-        picture, and their LayerNorm, keys and values are computed once. Outputs and gradients are those of
-        block(cat([x, prompts]))[:, :T].
+        Prompts (P, D) are the same for all pictures, and their keys and values are computed once. The outputs and
+        gradients are those of block(cat([x, prompts]))[:, :T].
         """
         q, kv = self.attn.project(self.ln_1(x)).split([1, 2], dim=2)
         return self.add_attention_and_mlp(x, attend(q, self.with_prompts(kv, prompts)))
@@ -230,58 +229,56 @@ class LastBlock(Block):
 class Layout(nn.Module):
     """How K prompts lie in one stream of tokens, x (C + K*S, D), and which of them each token looks at.
 
-    First come the C tokens that all prompts begin with, once, then the S further tokens of each prompt. A token sees
-    what stands in front of it in its prompt. So the common tokens never see what differs, and are the same for all.
+    The C tokens that all prompts begin with come first, once, then the S further tokens of each prompt. A token looks
+    at itself and at what stands in front of it in its prompt. So the common tokens are the same for all prompts.
     """
 
     def __init__(self, eot, n_common, n_own, like):
         """eot (K,): the place of the end-of-text token in each prompt. like: a tensor with x's device and dtype."""
         super().__init__()
-        self.n_common, self.n_prompts, length = n_common, len(eot), n_common + n_own
-        causal = like.new_full((length, length), -math.inf).triu(1)  # added to the scores, as attention takes it
+        self.n_common, self.n_own, self.n_prompts = n_common, n_own, len(eot)
+        causal = like.new_full((n_common + n_own, n_common + n_own), -math.inf).triu(1)  # added to attention's scores
         self.mask = nn.Buffer(causal[n_common:], persistent=False)  # (S, C+S)
         self.eot_mask = nn.Buffer(causal[eot, None, None], persistent=False)  # (K, 1, 1, C+S)
-        rows = eot + n_own * torch.arange(len(eot), device=eot.device)  # where they stand in x
-        self.eot = nn.Buffer(rows, persistent=False)  # (K,)
+        self.eot = nn.Buffer(eot + n_own * torch.arange(len(eot), device=eot.device), persistent=False)  # rows of x
 
     def join(self, x):
         """Prompts (K, >=C+S, ..) -> one stream (C + K*S, ..)."""
-        c = self.n_common
-        return torch.cat([x[0, :c], x[:, c : c + self.mask.shape[0]].flatten(0, 1)])
+        end = self.n_common + self.n_own
+        return torch.cat([x[0, : self.n_common], x[:, self.n_common : end].flatten(0, 1)])
 
     def split(self, x):
-        """(C + K*S, ..) -> what belongs to the common tokens (C, ..), and to each prompt's own (K, S, ..)."""
-        common, own = x.split([self.n_common, len(x) - self.n_common])
-        return common, own.unflatten(0, (self.n_prompts, -1))
+        """(C + K*S, ..) -> the common tokens (C, ..) and the further ones of each prompt (K, S, ..)."""
+        common, own = x.split([self.n_common, self.n_prompts * self.n_own])
+        return common, own.unflatten(0, (self.n_prompts, self.n_own))
 
     def attend(self, qkv):
-        """qkv (C + K*S, 3, H, d) -> (C + K*S, D): every token looks at those in front of it in its prompt."""
-        common, own = self.split(qkv)  # (C, 3, H, d), (K, S, 3, H, d)
+        """Queries, keys and values (C + K*S, 3, H, d) -> (C + K*S, D)."""
+        common, own = self.split(qkv)
         q_common, kv_common = common.split([1, 2], dim=1)
         q_own, kv_own = own.split([1, 2], dim=2)
         of_common = attend(q_common.unsqueeze(0), kv_common.unsqueeze(0), causal=True)
-        of_own = attend_behind(kv_common, q_own, kv_own, self.mask)
+        of_own = attend_behind(q_own, kv_common, kv_own, self.mask)
         return torch.cat([of_common.flatten(0, 1), of_own.flatten(0, 1)])
 
 
-def attend_behind(common, q, own, mask):
-    """q (K, T, H, d) of T tokens of each prompt, keys and values common (C, 2, H, d) and own (K, S, 2, H, d), mask
-    (.., T, C+S) -> (K, T, D)."""
-    def join_and_attend(common, q, own):
+def attend_behind(q, common, own, mask):
+    """Queries (K, T, 1, H, d), keys and values (C, 2, H, d) and (K, S, 2, H, d), mask (.., T, C+S) -> (K, T, D)."""
+    def join_and_attend(q, common, own):
         return attend(q, torch.cat([common.expand(len(own), -1, -1, -1, -1), own], dim=1), mask)
 
     if len(own) > MANY_TEXTS:
-        # Autograd would keep the joined keys and values, which repeat what is common for every text: a quarter of the
-        # memory. The backward pass makes them anew, with the same numbers.
-        return checkpoint(join_and_attend, common, q, own, use_reentrant=False, preserve_rng_state=False)
-    return join_and_attend(common, q, own)
+        # Autograd would keep the joined tensor, which repeats what is common for every text: a quarter of the memory.
+        # The backward pass makes it anew, with the same numbers.
+        return checkpoint(join_and_attend, q, common, own, use_reentrant=False, preserve_rng_state=False)
+    return join_and_attend(q, common, own)
 
 
 class TextBlock(Block):
     """Block of the text tower: x (C + K*S, D) -> the same.
 
-    LayerNorm, projections and MLP work token by token and do not ask whose a token is: all go through them in one
-    product. Only attention looks at the layout.
+    LayerNorm, projections and MLP do not ask whose a token is, so all tokens go through them at once. Only attention
+    looks at the layout.
     """
 
     def forward(self, x, layout):
@@ -294,9 +291,8 @@ class LastTextBlock(Block):
     def forward(self, x, layout):
         h = self.ln_1(x)
         q = self.attn.project(h[layout.eot], 0, 1).unsqueeze(1)  # (K, 1, 1, H, d)
-        common, own = layout.split(self.attn.project(h, 1, 3))
-        attended = attend_behind(common, q, own, layout.eot_mask)
-        return self.add_attention_and_mlp(x[layout.eot], attended.squeeze(1))
+        of_eot = attend_behind(q, *layout.split(self.attn.project(h, 1, 3)), layout.eot_mask)  # (K, 1, D)
+        return self.add_attention_and_mlp(x[layout.eot], of_eot.squeeze(1))
 
 
 class VisionTransformer(nn.Module):
@@ -343,9 +339,9 @@ class TextTransformer(nn.Module):
         self.text_projection = nn.Parameter(torch.empty(width, joint))
 
     def embed(self, tokens, n_common=None):
-        """(K, 77) -> x (C + K*S, D) and its Layout. C is the longest common beginning without an end mark, or n_common.
+        """(K, 77) -> x (C + K*S, D) and its Layout, with no token behind the last end mark: nobody looks at it.
 
-        Nothing behind the last end mark is kept, since no token looks back at it.
+        C is n_common, or the longest common beginning without an end mark.
         """
         eot = tokens.argmax(dim=-1)
         if n_common is None:

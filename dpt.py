@@ -190,8 +190,8 @@ class DPT(VLP):
         rows = F.cross_entropy(aux.movedim(-1, 1), labels[None, :, None].expand_as(hit), reduction="none")
         hits, pictures = sum_over_processes(torch.stack([hit.sum(), torch.ones_like(labels).sum()]))
         l_ca = (rows * hit).sum() / hits  # Eq. 8: the mean over the hits, in all pictures and layers
-        # Of several processes each has some of the pictures, and train.py will weigh its loss by their share. The hits are
-        # the whole batch's already, so that this weight is taken out here.
+        # Of several processes each has some of the pictures, and train.py will weigh its loss by their share. The hits
+        # are the whole batch's already, so that this weight is taken out here.
         l_ca = l_ca / (len(labels) / pictures)
         loss = self.phase_loss(z0 if epoch < self.guide_epochs else None, z, text, labels)
         # Without a hit W_c and its LN have no gradient, as in the release: weight decay and momentum do not move them.
@@ -232,12 +232,13 @@ class CAVPT(VLP):
     """
 
     # v1 prints 200 epochs and 10 of warm-up, at 16 shots. The rates are DPT's, the other epochs CoOp's.
-    tuned = dict(eurosat=5, oxford_flowers=5, food101=5, dtd=5, fgvc_aircraft=20, oxford_pets=37, caltech101=50,
-                 stanford_cars=100)
+    tuned = {name: dict(options=dict(k_n=k_n)) for name, k_n in dict(
+        eurosat=5, oxford_flowers=5, food101=5, dtd=5, fgvc_aircraft=20, oxford_pets=37, caltech101=50,
+        stanford_cars=100).items()}
     imagenet = {"imagenet": dict(epochs=50, warmup_epochs=1)}
     recipe = VLP.recipe | dict(
         epochs={1: 50, 2: 100, 4: 100, 8: 200, 16: 200}, datasets=imagenet,
-        variants={"tuned_k_n=True": dict(datasets=imagenet | {name: {"options": {"k_n": k}} for name, k in tuned.items()})})
+        variants={"tuned_k_n=True": dict(datasets=imagenet | tuned)})
 
     def __init__(self, clip, classnames, templates=("a photo of a {}.",), *, n_ctx=16, n_visual=10, k_n=10,
                  softmax_axis="classes", keep_vpt=False, cavpt_loss=True, base="vlp", tuned_k_n=False):

@@ -37,8 +37,8 @@ class CoCoOp(CoOp):
     def __init__(self, clip, classnames, templates=("a photo of a {}.",), *, n_ctx=4, ctx_init="a photo of a"):
         words = len(encode(ctx_init.replace("_", " ")))
         if n_ctx < 1 or words not in (0, n_ctx):
-            raise UserError(f"n_ctx is {n_ctx} and ctx_init has {words} tokens: choose 1 or more vectors, and as many tokens "
-                            "or none.")
+            raise UserError(f"n_ctx is {n_ctx} and ctx_init has {words} tokens: choose 1 or more vectors, and as many "
+                            "tokens or none.")
         super().__init__(clip, classnames, templates, n_ctx=n_ctx, ctx_init=ctx_init)
         joint, width = self.zero_shot.shape[1], self.ctx.shape[1]
         self.meta_net = nn.Sequential(nn.Linear(joint, joint // 16), nn.ReLU(), nn.Linear(joint // 16, width))
