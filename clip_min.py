@@ -167,9 +167,7 @@ class Attention(nn.Module):
 
 def attend(q, kv, mask=None, causal=False):
     """q (B, T, 1, H, d), kv (B, U, 2, H, d) -> (B, T, D): T tokens look at U, or with causal at those in front of them.
-
-    mask is added to the scores, 0 where a query may look and minus infinity elsewhere, or True where it may look.
-    """
+    mask is added to the scores, 0 where a token may look and minus infinity elsewhere, or it is True where it may."""
     q, k, v = q.squeeze(2).transpose(1, 2), *kv.transpose(1, 3).unbind(2)  # (B, H, T, d), (B, H, U, d) twice
     return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal).transpose(1, 2).flatten(2)
 
@@ -187,8 +185,7 @@ class Block(nn.Module):
     def forward(self, x, prompts=None):
         """prompts (P, D) or (B, P, D) are tokens beside those of x whose outputs nobody reads: keys and values only.
 
-        Prompts (P, D) are the same for all pictures, and their keys and values are computed once. The outputs and
-        gradients are those of block(cat([x, prompts]))[:, :T].
+        Those of prompts (P, D), the same for all pictures, are computed once. It is block(cat([x, prompts]))[:, :T].
         """
         q, kv = self.attn.project(self.ln_1(x)).split([1, 2], dim=2)
         return self.add_attention_and_mlp(x, attend(q, self.with_prompts(kv, prompts)))
@@ -275,11 +272,8 @@ def attend_behind(q, common, own, mask):
 
 
 class TextBlock(Block):
-    """Block of the text tower: x (C + K*S, D) -> the same.
-
-    LayerNorm, projections and MLP do not ask whose a token is, so all tokens go through them at once. Only attention
-    looks at the layout.
-    """
+    """Block of the text tower: x (C + K*S, D) -> the same. LayerNorm, projections and MLP do not ask whose a token is,
+    so all tokens go through them at once. Only attention looks at the layout."""
 
     def forward(self, x, layout):
         return self.add_attention_and_mlp(x, layout.attend(self.attn.project(self.ln_1(x))))
@@ -339,15 +333,12 @@ class TextTransformer(nn.Module):
         self.text_projection = nn.Parameter(torch.empty(width, joint))
 
     def embed(self, tokens, n_common=None):
-        """(K, 77) -> x (C + K*S, D) and its Layout, with no token behind the last end mark: nobody looks at it.
-
-        C is n_common, or the longest common beginning without an end mark.
-        """
+        """(K, 77) -> x (C + K*S, D) and its Layout. C: n_common, or the longest common beginning without end mark."""
         eot = tokens.argmax(dim=-1)
         if n_common is None:
             alike = (tokens == tokens[:1]).all(dim=0).long().cumprod(dim=0).sum()
             n_common = min(int(alike), int(eot.min()))
-        length = int(eot.max()) + 1
+        length = int(eot.max()) + 1  # nobody looks at what stands behind the last end mark
         x = self.token_embedding(tokens[:, :length]) + self.positional_embedding[:length]  # (K, C+S, D)
         layout = Layout(eot, n_common, length - n_common, x)
         return layout.join(x), layout

@@ -119,7 +119,7 @@ def test_zero_shot_has_the_templates_given_or_tip_adapters_seven(clip):
 # ---- CoCoOp ----
 
 
-def test_cocoop_equals_encoding_every_prompt_of_every_picture_alone_in_full_length(clip):
+def test_cocoop_equals_encoding_every_prompt_of_every_picture_alone_in_full_length(precision, clip):
     method, images, labels = new(CoCoOp, clip), picture(32, 3), torch.tensor([0, 3, 1])
     literal = literal_cocoop(method, images)
     assert_equal(method(images), literal)
@@ -151,12 +151,12 @@ def test_cocoop_gives_a_picture_the_same_logits_in_any_company(clip):
 
 
 @pytest.mark.parametrize("lam", [1.0, 0.4])
-def test_prograd_removes_what_works_against_zero_shot_and_nothing_else(clip, lam):
+def test_prograd_removes_what_works_against_zero_shot_and_nothing_else(precision, clip, lam):
     method, images = new(ProGrad, clip, lam=lam), picture(32, 4)
     f = clip.encode_image(images)
     knows = (clip.logit_scale.exp() * cosines(f, clip.classifier(NAMES))).softmax(dim=-1)
     rng, conflicts = random.Random(0), []
-    for labels in (torch.tensor(rng.choices(range(5), k=4)) for _ in range(12)):
+    for labels in (torch.tensor(rng.choices(range(5), k=4)) for _ in range(30)):
         p = (clip.logit_scale.exp() * cosines(f, literal_prompts(clip, NAMES, method.ctx))).softmax(dim=-1)
         ce = -p[torch.arange(4), labels].log().mean()
         kl = (knows * (knows / p).log()).sum(dim=-1).mean()
@@ -191,7 +191,7 @@ def test_prograd_begins_at_random_or_with_words_behind_zeros(clip):
 # ---- ProDA ----
 
 
-def test_proda_equals_its_equations(clip):
+def test_proda_equals_its_equations(precision, clip):
     """With the covariances as matrices, E x E for each pair of classes."""
     method, images, labels = new(ProDA, clip, lam=0.7), picture(32, 3), torch.tensor([0, 3, 1])
     torch.manual_seed(5)
@@ -221,7 +221,7 @@ def test_proda_equals_its_equations(clip):
     assert_equal(torch.autograd.grad(ours, method.ctx)[0], torch.autograd.grad(literal, method.ctx)[0], relative=1e-3)
 
 
-def test_proda_predicts_with_the_mean_over_all_prompts(clip):
+def test_proda_predicts_with_the_mean_over_all_prompts(precision, clip):
     method, images = new(ProDA, clip), picture(32, 3)
     mu = literal_prompts_of_proda(method).mean(dim=0)
     assert_equal(method.encode_text(), mu)
@@ -242,10 +242,20 @@ def test_prodas_loss_bounds_the_expected_cross_entropy(clip):
     assert float(single) < float(expected) < float(method.loss(images, labels).detach())
 
 
+def test_proda_counts_the_tokens_that_its_clip_reads():
+    """Also those of the prompts without a name: the context is too long for 32 tokens, and for 77."""
+    state = random_state_dict(**TINY)
+    for length in (32, 77):
+        clip = CLIP.from_state_dict(state | dict(positional_embedding=state["positional_embedding"][:length]))
+        with pytest.raises(UserError, match=rf'^"\[context\] \." is {length + 1} tokens long .*, CLIP reads {length}: '):
+            ProDA(clip, ["cat"], n_prompts=4, n_ctx=length - 2)
+        assert ProDA(clip, ["cat"], n_prompts=4, n_ctx=length - 4).encode_text().shape == (1, 64)
+
+
 # ---- CLIP-Adapter ----
 
 
-def test_clip_adapter_equals_its_equations(clip):
+def test_clip_adapter_equals_its_equations(precision, clip):
     method, images = new(CLIPAdapter, clip, templates=["a drawing of a {}.", "{}"]), picture(32, 3)
     w_1, w_2 = method.adapter[0].weight.T, method.adapter[2].weight.T
     f = clip.encode_image(images)

@@ -29,6 +29,11 @@ OPTIONS = [
     dict(ctx_init="a photo of a"), dict(ctx_init="a photo of a", class_token_position="middle"),
     dict(ctx_init="a photo of a", csc=True, class_token_position="front"), dict(n_ctx=0), dict(),
 ]  # fmt: skip
+AWKWARD = {
+    "begin alike": ["red cup", "red-tailed hawk", "red", "red cup cake"], "like the places": ["x", "x x", "x x x x x x"],
+    "marks": ["U.S.", "U.S. flag", "cat...", "who?!", "St. John's"], "one begins the other": ["cat", "cat cat"],
+    "the same twice": ["ox", "ox"], "one": ["red cup"], "a long one": ["ox", "very " * 40 + "red cup"],
+}
 
 
 # ---- Helpers ----
@@ -56,9 +61,9 @@ def literal_encode_text(method, names, n_ctx=16, ctx_init="", class_token_positi
     return plain_text(clip, torch.stack(prompts), torch.tensor(ends))
 
 
-def trained(clip, options):
+def trained(clip, options, names=NAMES):
     """CoOp with contexts that differ, also from class to class."""
-    method = CoOp(clip, NAMES, **options)
+    method = CoOp(clip, names, **options)
     method.ctx.data.normal_(std=0.02, generator=torch.Generator().manual_seed(4))
     return method
 
@@ -82,18 +87,39 @@ def train_step(method):
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_logits_equal_encoding_every_class_alone_in_full_length(options, clip):
+def test_logits_equal_encoding_every_class_alone_in_full_length(options, precision, clip):
     method, images = trained(clip, options), picture(32, 3)
     assert_equal(method.encode_text(), literal_encode_text(method, NAMES, **options))
     assert_equal(method(images), literal_logits(method, images, literal_encode_text(method, NAMES, **options)))
 
 
 @pytest.mark.parametrize("options", [options for options in OPTIONS if options.get("n_ctx") != 0], ids=str)
-def test_gradients_equal_encoding_every_class_alone_in_full_length(options, clip):
+def test_gradients_equal_encoding_every_class_alone_in_full_length(options, precision, clip):
     method, images, labels = trained(clip, options), picture(32, 4), torch.tensor([0, 3, 1, 2])
     literal = F.cross_entropy(literal_logits(method, images, literal_encode_text(method, NAMES, **options)), labels)
     ours = torch.autograd.grad(method.loss(images, labels), method.ctx)[0]
     assert_equal(ours, torch.autograd.grad(literal, method.ctx)[0])
+
+
+@pytest.mark.parametrize("csc", [False, True])
+@pytest.mark.parametrize("position", ["end", "middle", "front"])
+@pytest.mark.parametrize("names", AWKWARD.values(), ids=AWKWARD)
+def test_names_that_are_easily_confused_keep_logits_and_gradients(names, position, csc, precision, clip):
+    """Names with a beginning in common, like the places of the context, or with marks that merge with the dot."""
+    options = dict(n_ctx=5, class_token_position=position, csc=csc)
+    method, images = trained(clip, options, names), picture(32, 4)
+    labels = torch.arange(4) % len(names)
+    text = literal_encode_text(method, names, **options)
+    assert_equal(method.encode_text(), text, 1e-5)
+    literal = literal_logits(method, images, text)
+    assert_equal(method(images), literal, 1e-5)  # in double precision to 1e-12
+    weights = torch.randn(text.shape, generator=torch.Generator().manual_seed(5))
+    gradients = [torch.autograd.grad((weights * features).sum(), method.ctx, retain_graph=True)[0]
+                 for features in (method.encode_text(), text)]  # fmt: skip
+    assert_equal(*gradients, 1e-5)
+    if len(names) > 1:
+        ours = torch.autograd.grad(method.loss(images, labels), method.ctx)[0]
+        assert_equal(ours, torch.autograd.grad(F.cross_entropy(literal, labels), method.ctx)[0], 1e-5)
 
 
 @pytest.mark.parametrize("position", ["end", "middle", "front"])
@@ -242,6 +268,28 @@ def test_prompts_to_show_have_the_name_and_the_phrase(clip):
     assert CoOp(clip, ["shovel-nosed_ray"], ctx_init="a photo of a").prompt_texts == ["a photo of a shovel-nosed ray."]
     prompts = CoOp(clip, NAMES, n_ctx=4).prompt_texts
     assert len(prompts) == 5 and "4" in prompts[0] and prompts[0].endswith("cat.")
+
+
+SHOWN = [
+    (dict(n_ctx=4), "[4 vectors] red cup."), (dict(n_ctx=4, csc=True), "[4 vectors] red cup."),
+    (dict(), "[16 vectors] red cup."), (dict(n_ctx=0), "red cup."),
+    (dict(n_ctx=5, class_token_position="middle"), "[2 vectors] red cup [3 vectors]."),
+    (dict(n_ctx=1, class_token_position="middle"), "red cup [1 vectors]."),
+    (dict(n_ctx=4, class_token_position="front"), "red cup [4 vectors]."),
+    (dict(n_ctx=4, class_token_position="front", csc=True), "red cup [4 vectors]."),
+    (dict(n_ctx=0, class_token_position="middle"), "red cup."), (dict(ctx_init="a_photo of a"), "a photo of a red cup."),
+    (dict(n_ctx=9, ctx_init="a photo of a"), "a photo of a red cup."),
+    (dict(ctx_init="a photo of a", class_token_position="middle"), "[2 vectors] red cup [2 vectors]."),
+    (dict(ctx_init="a photo of a", class_token_position="front"), "red cup [4 vectors]."),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("options, expected", SHOWN, ids=str)
+def test_prompts_to_show_have_the_context_where_it_stands(options, expected, clip):
+    method = CoOp(clip, ["red_cup", "ox"], **options)
+    assert method.prompt_texts == [expected, expected.replace("red cup", "ox")]
+    if not method.csc:
+        assert method.for_classes(["ox", "red_cup"]).prompt_texts == method.prompt_texts[::-1]
 
 
 def test_a_negative_number_of_vectors_is_refused(clip):

@@ -220,7 +220,7 @@ def literal_v1(method, images, labels, options):
 
 @pytest.mark.parametrize("guided", [False, True])
 @pytest.mark.parametrize("layers, shared, modules", LAYERS)
-def test_dpt_equals_its_equations_in_logits_losses_and_gradients(layers, shared, modules, guided, clip):
+def test_dpt_equals_its_equations_in_logits_losses_and_gradients(layers, shared, modules, guided, precision, clip):
     options = dict(k_n=3, guide_epochs=2, cavpt_layers=layers, cavpt_shared=shared)
     method, images = strong(make("dpt", clip, **options)), picture(32, 4)
     labels = some_inside(clip, images)
@@ -232,7 +232,7 @@ def test_dpt_equals_its_equations_in_logits_losses_and_gradients(layers, shared,
 
 
 @pytest.mark.parametrize("guided", [False, True])
-def test_vlp_equals_its_equations_in_logits_losses_and_gradients(guided, clip):
+def test_vlp_equals_its_equations_in_logits_losses_and_gradients(guided, precision, clip):
     method, images, labels = strong(make("vlp", clip, guide_epochs=2)), picture(32, 4), torch.tensor([0, 3, 4, 1])
     method.alpha = 0.0  # for the literal version; VLP has none
     logits, loss = literal_dpt(method, images, labels, {}, guided)
@@ -243,7 +243,7 @@ def test_vlp_equals_its_equations_in_logits_losses_and_gradients(guided, clip):
 
 
 @pytest.mark.parametrize("options", V1, ids=str)
-def test_version_1_equals_its_equations_in_logits_losses_and_gradients(options, clip):
+def test_version_1_equals_its_equations_in_logits_losses_and_gradients(options, precision, clip):
     method, images = strong(make("cavpt", clip, k_n=3, **options)), picture(32, 4)
     labels = some_inside(clip, images)
     logits, loss = literal_v1(method, images, labels, options)

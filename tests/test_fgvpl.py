@@ -277,9 +277,12 @@ def vit_b():
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_logits_loss_and_gradients_equal_a_literal_fgvpl(options, clip, literal_keys):
-    method = trained(clip, **options)
-    keys = [method.keys[0]] if options.get("parts") == "tip-f" else literal_keys[options.get("region", "component")]
+def test_logits_loss_and_gradients_equal_a_literal_fgvpl(options, precision, clip, literal_keys):
+    method, region = trained(clip, **options), options.get("region", "component")
+    if options.get("parts") == "tip-f":
+        keys = [method.keys[0]]
+    else:
+        keys = literal_keys[region] if precision == "fp32" else literal_cache(clip, region)
     logits = literal_logits(method, keys, **options)
     assert_equal(method(IMAGES), logits, 1e-4)
     literal, loss = F.cross_entropy(logits, LABELS), method.loss(IMAGES, LABELS)

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from conftest import TINY, random_state_dict
 from test_clip import assert_equal, picture, watch_attention
+from torch import nn
 
 import train
 from clip_min import CLIP, Method, UserError
@@ -342,6 +343,77 @@ def test_a_clip_that_reads_fewer_tokens_gives_the_same(name, clip):
     assert_equal(logits(make(name, short)), logits(make(name, clip)))
     with pytest.raises(UserError, match="CLIP reads 32"):
         METHODS[name](short, ["cat", "dog " * 31])
+
+
+@pytest.mark.parametrize("name, options, length", [
+    ("coop", dict(n_ctx=12), 36), ("coop", dict(n_ctx=12, class_token_position="middle"), 36),
+    ("coop", dict(n_ctx=12, class_token_position="front", csc=True), 36), ("vlp", dict(n_ctx=12), 36),
+    ("dpt", dict(n_ctx=12), 36), ("cavpt", dict(n_ctx=12), 36), ("upt", dict(n_ctx=12), 36),
+    ("cocoop", dict(n_ctx=12, ctx_init=""), 36), ("prograd", dict(n_ctx=12), 36),
+    ("proda", dict(n_ctx=12, n_prompts=4), 36)], ids=str)
+def test_the_sentence_about_a_long_prompt_counts_what_this_clip_reads(name, options, length, clip):
+    """The template fits, the context does not: 12 vectors, 21 words, the dot, start and end."""
+    short = CLIP.from_state_dict(WEIGHTS | dict(positional_embedding=WEIGHTS["positional_embedding"][:32]))
+    long = ["ox", "dog " * 20 + "cat"]
+    METHODS["zeroshot"](short, long)
+    with pytest.raises(UserError, match=rf'^"\[context\] dog dog .*" is {length} tokens long .*, CLIP reads 32: '):
+        METHODS[name](short, long, **options)
+    assert logits(METHODS[name](clip, long, **options)).shape == (4, 2)
+
+
+# ---- A method of your own: its __init__ needs no order but super() first ----
+
+
+class Correction(Method):
+    """The README's."""
+
+    recipe = dict(optimizer="sgd", lr=0.002, warmup_epochs=1, batch_size=32, epochs=50)
+
+    def __init__(self, clip, classnames, templates=("a photo of a {}.",), *, ratio=1.0):
+        super().__init__(clip, classnames, templates)
+        self.ratio, joint = ratio, self.zero_shot.shape[1]
+        self.a = nn.Parameter(self.zero_shot.new_zeros(joint, joint))
+
+    def encode_image(self, images, text=None):
+        z = F.normalize(self.clip.encode_image(images), dim=-1)
+        return z + self.ratio * z @ self.a
+
+
+class Bare(Correction):
+    """With prompts that depend on the class names, and on an attribute set behind super().__init__()."""
+
+    def __init__(self, clip, classnames, templates=("a photo of a {}.",), *, n_ctx=2):
+        super().__init__(clip, classnames, templates)
+        self.n_ctx = n_ctx
+        self.ctx = nn.Parameter(torch.zeros(n_ctx, clip.text.token_embedding.embedding_dim))
+        self.embed_prompts()
+
+    def embed_prompts(self):
+        self.x, self.layout = self.clip.embed_prompts(self.classnames, self.n_ctx)
+
+    def encode_text(self):
+        return self.clip.text(torch.cat([self.x[:1], self.ctx, self.x[1 + self.n_ctx :]]), self.layout)
+
+
+@pytest.mark.parametrize("method_class", [Correction, Bare])
+def test_a_method_of_your_own_may_set_attributes_behind_super_and_works_for_other_classes(method_class, clip):
+    method = method_class(clip, NAMES)
+    train_steps(method)
+    before = logits(method)
+    for names in (OTHERS, OTHERS[:2], NAMES[::-1], ["a"]):
+        other, expected = method.for_classes(names), method_class(clip, names)
+        expected.load_learned(copied(method.learned()))
+        assert torch.equal(logits(other), logits(expected)) and logits(other).shape == (4, len(names))
+        assert other.clip is clip and other.prompt_texts == expected.prompt_texts and names[0] in other.prompt_texts[0]
+    assert torch.equal(logits(method), before) and not torch.allclose(logits(method.for_classes(OTHERS)), before)
+    assert_equal(logits(method.for_classes(NAMES[::-1])), before.flip(1))
+
+
+def test_the_readmes_method_needs_no_more_than_init_and_encode_image():
+    source = re.search(r"^class Correction\(Method\):.*?^```", (ROOT / "README.md").read_text("utf-8"), re.M | re.S)[0]
+    (written,) = ast.parse(source.removesuffix("```")).body
+    functions = {node.name: len(node.body) for node in written.body if isinstance(node, ast.FunctionDef)}
+    assert functions == dict(__init__=3, encode_image=2) and len(source.splitlines()) <= 13
 
 
 # ---- Options and sentences ----

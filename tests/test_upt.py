@@ -218,7 +218,7 @@ def vit_b():
     return clip.to_empty(device="cpu")
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def tall():
     """Four text layers and three image layers."""
     return random_clip(text_layers=4, vision_layers=3)
@@ -261,17 +261,17 @@ def test_prompts_without_gradients_are_the_same(options, clip):
 
 
 @pytest.mark.parametrize("options", ALL, ids=str)
-def test_logits_and_gradients_equal_a_literal_upt(options, clip):
+def test_logits_and_gradients_equal_a_literal_upt(options, precision, clip):
     assert_same_as_literal(clip, **options)
 
 
 @pytest.mark.parametrize("options", [dict(n_ctx=2, n_visual=5), dict(heads=2), dict(text_scale=0.05)], ids=str)
-def test_logits_and_gradients_equal_a_literal_upt_with_other_options(options, clip):
+def test_logits_and_gradients_equal_a_literal_upt_with_other_options(options, precision, clip):
     assert_same_as_literal(clip, **options)
 
 
 @pytest.mark.parametrize("names", [ALIKE, ["cat"]], ids=["names that begin alike", "one class"])
-def test_overwriting_the_context_leaves_what_classes_share_behind_it(names, tall):
+def test_overwriting_the_context_leaves_what_classes_share_behind_it(names, precision, tall):
     method, images = trained(tall, names), picture(32, 4)
     assert method.layout.n_common > 1 + 4
     assert_equal(method(images), literal_logits(method, images, names), 1e-4)
@@ -281,7 +281,7 @@ def test_overwriting_the_context_leaves_what_classes_share_behind_it(names, tall
 
 @pytest.mark.parametrize("options", DEPTHS, ids=str)
 @pytest.mark.parametrize("mode", ["attention", "joint"])
-def test_behind_the_last_layer_with_its_own_prompts_they_travel_on(mode, options, tall):
+def test_behind_the_last_layer_with_its_own_prompts_they_travel_on(mode, options, precision, tall):
     assert_same_as_literal(tall, mode=mode, **options)
 
 

@@ -114,7 +114,7 @@ def test_the_order_of_the_prompts_does_not_matter(kind, clip):
 
 
 @pytest.mark.parametrize("deep, literal", [(True, literal_deep), (False, literal_shallow)], ids=["deep", "shallow"])
-def test_logits_losses_and_gradients_equal_the_equations(deep, literal, clip):
+def test_logits_losses_and_gradients_equal_the_equations(deep, literal, precision, clip):
     method, images, labels = strong(VPT(clip, NAMES, n_visual=5, deep=deep)), picture(32, 3), torch.tensor([0, 3, 4])
     expected = literal_logits(method, images, literal)
     assert_equal(method(images), expected)
@@ -147,7 +147,7 @@ def test_prompts_before_ln_pre_enter_the_first_block_as_if_it_saw_them_beside_th
     assert_equal(gradient((ours * weight).sum(), method)[0], gradient((expected * weight).sum(), method)[0])
 
 
-def test_shallow_prompts_before_ln_pre_equal_the_literal_insertion_in_logits_and_gradients(clip):
+def test_shallow_prompts_before_ln_pre_equal_the_literal_insertion_in_logits_and_gradients(precision, clip):
     method, images = strong(VPT(clip, NAMES, n_visual=5, deep=False, before_ln_pre=True)), picture(32, 3)
     x = before_ln_pre(method, images)
     for block in clip.visual.blocks:
