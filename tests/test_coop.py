@@ -117,7 +117,7 @@ def test_names_that_are_easily_confused_keep_logits_and_gradients(names, positio
     gradients = [torch.autograd.grad((weights * features).sum(), method.ctx, retain_graph=True)[0]
                  for features in (method.encode_text(), text)]  # fmt: skip
     assert_equal(*gradients, 1e-5)
-    if len(names) > 1:
+    if len(set(names)) > 1:  # else the loss does not depend on the context
         ours = torch.autograd.grad(method.loss(images, labels), method.ctx)[0]
         assert_equal(ours, torch.autograd.grad(F.cross_entropy(literal, labels), method.ctx)[0], 1e-5)
 
