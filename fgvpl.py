@@ -36,8 +36,7 @@ Left open, and here chosen:
     the validation shots, never on test pictures, which its code uses on ImageNet. Without such shots they stay.
 
 To use it elsewhere, copy this file, clip_min.py and assets/bpe_merges.txt.gz.
-B images, K classes, N patches, n cached pictures, H heads, L layers, D width of the image tower, E joint width. As in
-the paper z_l are hidden states, not image features, which are f.
+B images, K classes, N patches, n cached pictures, H heads, L layers, D tower width, E joint width; z_l hidden states.
 """
 
 import math
@@ -93,8 +92,7 @@ class FGVPL(Method):
             raise UserError(f"region is {region} and new_layer {new_layer}: choose component or bbox, copy or light.")
         if cache_views < 1:
             raise UserError(f"cache_views is {cache_views}: choose 1 or more.")
-        self.alpha, self.beta = alpha, beta
-        self.search, self.max_lam, self.max_sharpness = search, max_lam, max_sharpness
+        self.alpha, self.beta, self.search, self.max_lam, self.max_sharpness = alpha, beta, search, max_lam, max_sharpness
         self.lam = nn.Buffer(self.zero_shot.new_tensor(lam), persistent=search)  # what was found is saved
         self.sharpness = nn.Buffer(self.zero_shot.new_tensor(sharpness), persistent=search)
         self.parts, self.region, self.cache_views = parts, region, cache_views
@@ -118,8 +116,6 @@ class FGVPL(Method):
             self.q = nn.ModuleList(nn.Linear(joint, joint) for _ in range(number)).to(device)
         empty = self.zero_shot.new_zeros(1 + self.has_object, 0, joint)
         self.set_cache(empty, torch.zeros(0, dtype=torch.long, device=device))
-
-    # ---- The image encoder ----
 
     def embed(self, images):
         """-> z_0 (B, 1+N+1, D) with the prompt behind the patches, or without object branch (B, 1+N, D)."""
@@ -264,7 +260,7 @@ class FGVPL(Method):
         if not (self.search and self.has_cache and len(val)):
             return
         lams, right = search_values(self.max_lam, 20).to(self.lam.device), 0
-        # FG-VPL, which has adapters, has lambda alone.
+        # FG-VPL, which has adapters, has no constant but lambda.
         sharpnesses = self.sharpness.view(1) if self.has_adapters else search_values(self.max_sharpness, 200)
         for images, labels in val:
             pathways = self.pathways(images)
@@ -310,7 +306,8 @@ def above_otsu(am):
     count = levels.new_zeros(len(am), 256).scatter_add(1, levels, torch.ones_like(levels))
     below, n = count.cumsum(dim=1), am.shape[1]  # patches up to each level
     total = (count * torch.arange(256, device=am.device)).cumsum(dim=1)  # the sum of their levels
-    # Between-class variance times n^2, in whole numbers and a remainder: in floating point equals would not stay equal.
+    # The variance between the sides, times n^2, is gap^2 / (below * above). Rounding would make one of two equally good
+    # levels the better one, on each processor another: so whole parts are compared first, and then the remainders.
     gap, sides = total[:, -1:] * below - n * total, (below * (n - below)).clamp(min=1)
     whole, rest = gap.square() // sides, gap.square() % sides / sides
     best = whole == whole.amax(dim=1, keepdim=True)

@@ -50,6 +50,7 @@ import torch
 import torch.nn.functional as F
 from conftest import B16, B32, TINY, openai_clip, random_state_dict
 from PIL import Image
+from test_operations import NAMES, Plain, PlainCoOp, PlainUPT, PlainVLP, PlainVPT, count
 from test_weights import save_torchscript
 from torch import nn
 from torch.utils.data import DataLoader
@@ -58,18 +59,13 @@ from torchvision.datasets import ImageFolder
 import data
 from clip_min import CLIP, full_precision, load_clip, preprocess, tokenize
 from fgvpl import object_patches
-from support.machine import Machine
+from support.machine import Machine, cast_products
 from train import METHODS
 
 SIZES = {"ViT-B/32": B32, "ViT-B/16": B16, "tiny": TINY}
 TRAIN_BATCH = {"ViT-B/32": 8, "ViT-B/16": 4, "tiny": 4}
 TEST_BATCH, TURNS = 32, 5
 GPU_TRAIN_BATCH, GPU_TEST_BATCH, GPU_REPEATS = 32, 100, 10
-DTD = """banded blotchy braided bubbly bumpy chequered cobwebbed cracked crosshatched crystalline dotted fibrous flecked
-    freckled frilly gauzy grid grooved honeycombed interlaced knitted lacelike lined marbled matted meshed paisley
-    perforated pitted pleated polka-dotted porous potholed scaly smeared spiralled sprinkled stained stratified striped
-    studded swirly veined waffled woven wrinkled zigzagged"""
-NAMES = DTD.split()  # 47 classes
 
 
 class Case(NamedTuple):
@@ -118,90 +114,7 @@ CASES = [
 MANY_CLASSES, MANY_CLASSES_GB = Case("CoOp step, 1,000 classes", "coop", classes=1000), 4
 
 
-# ---- The official computation: every prompt is a token of every class and of every picture ----
-
-
-class Plain(nn.Module):
-    """Zero-shot CLIP on OpenAI's towers. `method` is a copy of ours, for its learned tensors and its small modules."""
-
-    def __init__(self, ours, clip):
-        super().__init__()
-        self.clip, self.method = clip, copy.deepcopy(ours, {id(ours.clip): ours.clip})
-
-    def encode_text(self):
-        return self.method.zero_shot
-
-    def encode_image(self, images, text):
-        return self.clip.encode_image(images)
-
-    def cosines(self, image, text):
-        image, text = image / image.norm(dim=-1, keepdim=True), text / text.norm(dim=-1, keepdim=True)
-        return self.clip.logit_scale.exp() * image @ text.t()
-
-    def forward(self, images):
-        text = self.encode_text()  # for every batch, as the official forward passes do
-        return self.cosines(self.encode_image(images, text), text)
-
-    def loss(self, images, labels, epoch):
-        return F.cross_entropy(self(images), labels)
-
-    def text_tower(self, prompts):
-        """prompts (layers, M, D) stand behind the start token, in each of the first layers anew -> (K, E)."""
-        clip, m, names = self.clip, prompts.shape[1], self.method.classnames
-        tokens = tokenize([" ".join(["X"] * m) + f" {name}." for name in names]).to(prompts.device)
-        x = clip.token_embedding(tokens).transpose(0, 1)  # (77, K, D), OpenAI's layout
-        for layer, block in enumerate(clip.transformer.resblocks):
-            if layer < len(prompts):
-                p = prompts[layer].unsqueeze(1).expand(-1, len(names), -1)
-                x = torch.cat([x[:1], p, x[1 + m :]])
-            if layer == 0:
-                x = x + clip.positional_embedding.unsqueeze(1)
-            x = block(x)
-        x = clip.ln_final(x.transpose(0, 1))
-        return x[torch.arange(len(x)), tokens.argmax(dim=-1)] @ clip.text_projection
-
-    def embed(self, images):
-        """-> (1+N, B, D), OpenAI's layout."""
-        visual = self.clip.visual
-        x = visual.conv1(images).flatten(2).permute(0, 2, 1)
-        x = torch.cat([visual.class_embedding.expand(len(x), 1, -1), x], dim=1) + visual.positional_embedding
-        return visual.ln_pre(x).permute(1, 0, 2)
-
-    def project(self, x):
-        return self.clip.visual.ln_post(x[0]) @ self.clip.visual.proj
-
-    def image_tower(self, images, prompts, last=None):
-        """prompts (L, P, D). last(x (1+N, B, D), prompts (P, D)) makes those of the last layer (k, B, D). -> (B, E)"""
-        x, blocks = self.embed(images), self.clip.visual.transformer.resblocks
-        n = len(x)
-        for layer, block in enumerate(blocks):
-            p = prompts[layer].unsqueeze(1).expand(-1, len(images), -1)
-            if last and layer == len(blocks) - 1:
-                p = last(x[:n], prompts[layer])
-            x = block(torch.cat([x[:n], p]))
-        return self.project(x)
-
-
-class PlainCoOp(Plain):
-    def encode_text(self):
-        return self.text_tower(self.method.ctx.unsqueeze(0))
-
-
-class PlainVPT(Plain):
-    def encode_image(self, images, text):
-        return self.image_tower(images, self.method.visual_prompts)
-
-
-class PlainVLP(PlainCoOp, PlainVPT):
-    def loss(self, images, labels, epoch):
-        text = self.encode_text()
-        z = self.encode_image(images, text)
-        z0 = self.frozen_features(images) if epoch < 30 else None
-        return self.method.phase_loss(z0, z, text, labels)
-
-    @torch.no_grad()
-    def frozen_features(self, images):
-        return self.clip.encode_image(images)
+# ---- The official computation of the methods that test_operations.py does not count ----
 
 
 class PlainDPT(PlainVLP):
@@ -247,7 +160,7 @@ class PlainCoCoOp(Plain):
     def forward(self, images):
         f = self.clip.encode_image(images)
         shifts = self.method.meta_net(f / f.norm(dim=-1, keepdim=True))
-        texts = [self.text_tower((self.method.ctx + shift).unsqueeze(0)) for shift in shifts]
+        texts = [self.text_tower(self.method.ctx + shift) for shift in shifts]
         return torch.cat([self.cosines(of_one, text) for of_one, text in zip(f.split(1), texts, strict=True)])
 
 
@@ -312,12 +225,6 @@ class PlainTipAdapterF(Plain):
         votes = torch.exp(method.sharpness * (f @ method.keys[0].T - 1))
         one_hot = F.one_hot(method.labels, len(method.classnames)).float()
         return self.clip.logit_scale.exp() * f @ method.zero_shot.T + method.lam * votes @ one_hot
-
-
-class PlainUPT(Plain):
-    def forward(self, images):
-        text_prompts, visual_prompts = self.method.tower_prompts()
-        return self.cosines(self.image_tower(images, visual_prompts), self.text_tower(text_prompts))
 
 
 class PlainFGVPL(Plain):
@@ -385,7 +292,7 @@ def runner(case, method, images, labels, dtype=None):
     """
     machine = Machine(images.device, dtype)
     if dtype:
-        CLIP.cast_products(method.clip, dtype)  # names that OpenAI's module has, too
+        cast_products(method.clip, dtype)  # names that OpenAI's module has, too
     learned = {name.removeprefix("method."): p for name, p in method.named_parameters() if p.requires_grad}
 
     def step():

@@ -284,7 +284,7 @@ def test_the_literal_towers_have_the_counts_of_openais_own(name, state):
         step(name, build(name, state, clip)[1]) for clip in (LiteralCLIP(state), openai_clip(state))]
     assert results.keys() == openai_results.keys()
     assert all(torch.equal(results[key], openai_results[key]) for key in results)
-    slices = 0 if name == "vpt" else 2 * 12  # clip-anytorch cuts the mask to size, twice a layer; OpenAI's code does not
+    slices = 0 if name == "vpt" else 2 * 12  # clip-anytorch cuts the mask to size in every layer, OpenAI does not
     assert counts == (openai_counts[0] - slices, openai_counts[1])
 
 
