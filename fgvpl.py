@@ -92,7 +92,8 @@ class FGVPL(Method):
             raise UserError(f"region is {region} and new_layer {new_layer}: choose component or bbox, copy or light.")
         if cache_views < 1:
             raise UserError(f"cache_views is {cache_views}: choose 1 or more.")
-        self.alpha, self.beta, self.search, self.max_lam, self.max_sharpness = alpha, beta, search, max_lam, max_sharpness
+        self.alpha, self.beta = alpha, beta
+        self.search, self.max_lam, self.max_sharpness = search, max_lam, max_sharpness
         self.lam = nn.Buffer(self.zero_shot.new_tensor(lam), persistent=search)  # what was found is saved
         self.sharpness = nn.Buffer(self.zero_shot.new_tensor(sharpness), persistent=search)
         self.parts, self.region, self.cache_views = parts, region, cache_views
@@ -160,8 +161,6 @@ class FGVPL(Method):
     def encode_image(self, images, text=None):
         """images (B, 3, R, R) -> f (B, E)."""
         return self.encode_image_and_object(images)[0]
-
-    # ---- The cache ----
 
     def set_cache(self, keys, labels):
         """keys (1 or 2, n, E): F and, with the object branch, F_O, unit rows; labels (n,)."""
