@@ -16,6 +16,9 @@ Peak memory is what a step takes above the weights, on a CPU measured in a proce
 compared in fp32, then both sides are timed as train.py runs there, in bf16 with the towers' weights held in it; there
 are no targets, since the batches are too small to fill one.
 
+Operations are what forward and backward pass hand to the device, ours of the official computation's, since they tell
+what a GPU will do: it waits for each of them to be started. Kernels are those that are not views. See test_operations.
+
 "of the limit" compares a step with the products that it cannot avoid, at the rate of the large matrix product. Counted
 are two operations for each number of a frozen weight matrix and each token that meets it, with D the tower's width:
   * 12 D^2 numbers in every block but the last. The last needs 2 D^2, keys and values, of each token, and 10 D^2 of the
@@ -52,12 +55,11 @@ from conftest import B16, B32, TINY, openai_clip, random_state_dict
 from PIL import Image
 from test_operations import NAMES, Plain, PlainCoOp, PlainUPT, PlainVLP, PlainVPT, count
 from test_weights import save_torchscript
-from torch import nn
 from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
 
 import data
-from clip_min import CLIP, full_precision, load_clip, preprocess, tokenize
+from clip_min import CLIP, Layout, full_precision, load_clip, preprocess, tokenize
 from fgvpl import object_patches
 from support.machine import Machine, cast_products
 from train import METHODS
@@ -178,19 +180,32 @@ class PlainProGrad(PlainCoOp):
 
 
 class PlainProDA(Plain):
+    def __init__(self, ours, clip):
+        super().__init__(ours, clip)
+        places, m = torch.arange(self.embedded.shape[1], device=self.eot.device), self.n_ctx  # the name is behind them
+        self.orders = []
+        for n_front in 0, m // 2, m:  # the vectors in front of the name
+            context, rows = places[1 : 1 + m], []
+            for end in (self.eot - 1).tolist():  # of the name
+                rows.append(torch.cat([places[:1], context[:n_front], places[1 + m : end], context[n_front:],
+                                       places[end:]]))
+            self.orders.append(torch.stack(rows).unsqueeze(-1))  # (K, 77, 1)
+        self.nameless = clip.token_embedding(tokenize("X " * m + ".").to(self.eot.device)).detach()  # (1, 77, D)
+
+    def with_context(self, embedded, ctx):
+        ctx = ctx.expand(max(len(embedded), len(ctx)), -1, -1)
+        embedded = embedded.expand(len(ctx), -1, -1)
+        return torch.cat([embedded[:, :1], ctx, embedded[:, 1 + self.n_ctx :]], dim=1)
+
     def prompt(self, n):
         """All 77 tokens of a prompt of every class, with the name at its place -> unit features (K, E)."""
-        clip, method = self.clip, self.method
-        tokens = tokenize([f"{' '.join(['X'] * method.n_ctx)} {name}." for name in method.classnames])
-        x = clip.token_embedding(tokens.to(method.ctx.device))
-        x = torch.cat([x[:, :1], method.ctx[n].expand(len(x), -1, -1), x[:, 1 + method.n_ctx :]], dim=1)
-        order = method.order[method.place[n]]
-        x = torch.cat([x.take_along_dim(order.unsqueeze(-1), dim=1), x[:, order.shape[1] :]], dim=1)
-        return F.normalize(self.encode(x, tokens.argmax(dim=-1)), dim=-1)
+        x = self.with_context(self.embedded, self.method.ctx[n : n + 1])
+        x = x.take_along_dim(self.orders[self.method.place[n]], dim=1)
+        return F.normalize(self.encode(x, self.eot), dim=-1)
 
     def encode(self, x, eot):
         clip = self.clip
-        x = clip.transformer((x + clip.positional_embedding[: x.shape[1]]).transpose(0, 1)).transpose(0, 1)
+        x = clip.transformer((x + clip.positional_embedding).transpose(0, 1)).transpose(0, 1)
         return clip.ln_final(x)[torch.arange(len(x)), eot] @ clip.text_projection
 
     def forward(self, images):
@@ -205,8 +220,7 @@ class PlainProDA(Plain):
         scores = scale * torch.einsum("be,ken->bkn", z, w)
         margins = scores - scores[torch.arange(len(labels)), labels].unsqueeze(1)
         loss = F.cross_entropy(scores.mean(dim=-1) + margins.var(dim=-1, correction=0) / 2, labels)
-        sos, end = method.nameless.expand(len(method.ctx), -1, -1).split([1, 2], dim=1)
-        x = torch.cat([sos, method.ctx, end, sos.new_zeros(len(sos), 74 - method.n_ctx, sos.shape[2])], dim=1)
+        x = self.with_context(self.nameless, method.ctx)
         f = F.normalize(self.encode(x, torch.tensor(2 + method.n_ctx)), dim=-1)
         different = ~torch.eye(len(f), dtype=torch.bool, device=f.device)
         return loss + method.lam * (f @ f.T).abs()[different].mean()
@@ -316,6 +330,20 @@ def runner(case, method, images, labels, dtype=None):
     return step
 
 
+def operations(case, method, images, labels):
+    """-> the numbers of operations and of kernels in forward and backward pass, or in an evaluation, in fp32."""
+    def run():
+        torch.manual_seed(2)
+        if case.evaluation:
+            with torch.no_grad():
+                method(images)
+        else:
+            method.loss(images, labels, case.epoch).backward()
+
+    method.zero_grad()  # or the gradients of the step before would be added to
+    return count(run)
+
+
 def assert_same(ours, plain, case):
     """Every result within 1e-4 of its largest entry on the plain side. Gradients far below the others are rounding."""
     assert ours.keys() == plain.keys(), f"{case.name}: the two sides learn different tensors"
@@ -365,19 +393,21 @@ def unavoidable(case, method, batch):
         total += forward if case.evaluation else 2 * forward - 3 * batch * (1 + n) * width**2
         if fgvpl:
             total += (2 * batch * (2 + n) + 10 * batch) * width**2 * (1 if case.evaluation else 3)
-    prompts = []  # of the text tower: how often, tokens that are shared, own tokens of all texts, texts
+    prompts = []  # of the text tower: how often, and their layout
     if case.method in ("coop", "vlp", "dpt", "cavpt", "upt", "cocoop", "prograd"):
         repeats = batch if case.method == "cocoop" else 1  # for every picture anew
-        prompts = [(repeats, 1 + method.n_ctx, int((method.eot + 1).sum()), len(method.classnames))]
+        layout = next(module for module in method.modules() if isinstance(module, Layout))
+        prompts = [(repeats, layout)]
     if case.method == "proda":  # those of a step, then all without names; in an evaluation all
         torch.manual_seed(2)
         for n in torch.randperm(method.n_prompts)[: None if case.evaluation else method.n_per_step].tolist():
-            shared = 1 + method.in_front[method.place[n]]
-            prompts.append((1, shared, int((method.eot + 1 - shared).sum()), len(method.eot)))
+            prompts.append((1, method.prompts[method.place[n]].layout))
         if not case.evaluation:
-            prompts.append((1, 1, method.n_prompts * (method.n_ctx + 2), method.n_prompts))
-    for repeats, shared, own, texts in prompts:
-        forward, own = repeats * blocks(shared + own, 0, texts, text), repeats * own
+            prompts.append((1, method.nameless.layout))
+    for repeats, layout in prompts:
+        length = layout.mask.shape[0]  # of the longest prompt, behind the common tokens
+        own = int(((layout.eot - layout.n_common) % length + 1).sum())  # up to each prompt's end mark
+        forward, own = repeats * blocks(layout.n_common + own, 0, layout.n_prompts, text), repeats * own
         total += forward if case.evaluation else 2 * forward - 3 * own * text.positional_embedding.shape[1] ** 2
     return 2 * total
 
@@ -428,6 +458,7 @@ def compare(case, backbone, device):
     dtype = torch.bfloat16 if device == "cuda" else None
     run_ours, run_plain = runner(case, ours, images, labels), runner(case, plain, images, labels)
     assert_same(run_ours(), run_plain(), case)
+    counts = [operations(case, method, images, labels) for method in (ours, plain)]
     run_ours, run_plain = runner(case, ours, images, labels, dtype), runner(case, plain, images, labels, dtype)
     if dtype:
         run_ours(), run_plain()  # a warm-up
@@ -447,6 +478,7 @@ def compare(case, backbone, device):
     memory = in_own_process(case, backbone, device)["gigabytes"]
     missed = ratio < target or limit < least
     print(f"| {case.name} | {backbone} | {a:.3g} | {b:.3g} | {ratio:.2f} ({min(ratios):.2f}-{max(ratios):.2f}) "
+          f"| {counts[0][0]:,} of {counts[1][0]:,} | {counts[0][1]:,} of {counts[1][1]:,} "
           f"| {target or '-'} | {memory:.2f} | {work / 1e9:.0f} | {100 * limit:.0f} % of {product_work / c / 1e9:.0f} "
           f"| {os.getloadavg()[0]:.1f} | {'**missed** ' if missed else ''}{rest} |", flush=True)
     return not missed
@@ -594,8 +626,8 @@ def main(argv=None):
     backbones = args.backbone or (["ViT-B/32", "ViT-B/16"] if args.all else ["ViT-B/32"])
     met = []
     if args.all or not (args.growth or args.pipeline):
-        print("\n| case | backbone | ours, s | official, s | times faster (range) | target | peak GB | GFLOP "
-              "| of the limit, GFLOP/s | load | |\n|---|---|---|---|---|---|---|---|---|---|---|", flush=True)
+        print("\n| case | backbone | ours, s | official, s | times faster (range) | operations | kernels "
+              "| target | peak GB | GFLOP | of the limit, GFLOP/s | load | |\n" + "|---" * 13 + "|", flush=True)
         cases = [case for case in CASES if case.short or args.all]
         if args.device == "cuda" and args.all:  # on a CPU the official computation would need minutes and 40 GB
             cases.append(MANY_CLASSES)
