@@ -247,7 +247,8 @@ def test_proda_counts_the_tokens_that_its_clip_reads():
     state = random_state_dict(**TINY)
     for length in (32, 77):
         clip = CLIP.from_state_dict(state | dict(positional_embedding=state["positional_embedding"][:length]))
-        with pytest.raises(UserError, match=rf'^"\[context\] \." is {length + 1} tokens long .*, CLIP reads {length}: '):
+        sentence = rf'^"\[context\] \." is {length + 1} tokens long .*, CLIP reads {length}: '
+        with pytest.raises(UserError, match=sentence):
             ProDA(clip, ["cat"], n_prompts=4, n_ctx=length - 2)
         assert ProDA(clip, ["cat"], n_prompts=4, n_ctx=length - 4).encode_text().shape == (1, 64)
 

@@ -30,7 +30,8 @@ OPTIONS = [
     dict(ctx_init="a photo of a", csc=True, class_token_position="front"), dict(n_ctx=0), dict(),
 ]  # fmt: skip
 AWKWARD = {
-    "begin alike": ["red cup", "red-tailed hawk", "red", "red cup cake"], "like the places": ["x", "x x", "x x x x x x"],
+    "begin alike": ["red cup", "red-tailed hawk", "red", "red cup cake"],
+    "like the places": ["x", "x x", "x x x x x x"],
     "marks": ["U.S.", "U.S. flag", "cat...", "who?!", "St. John's"], "one begins the other": ["cat", "cat cat"],
     "the same twice": ["ox", "ox"], "one": ["red cup"], "a long one": ["ox", "very " * 40 + "red cup"],
 }
@@ -277,7 +278,8 @@ SHOWN = [
     (dict(n_ctx=1, class_token_position="middle"), "red cup [1 vectors]."),
     (dict(n_ctx=4, class_token_position="front"), "red cup [4 vectors]."),
     (dict(n_ctx=4, class_token_position="front", csc=True), "red cup [4 vectors]."),
-    (dict(n_ctx=0, class_token_position="middle"), "red cup."), (dict(ctx_init="a_photo of a"), "a photo of a red cup."),
+    (dict(n_ctx=0, class_token_position="middle"), "red cup."),
+    (dict(ctx_init="a_photo of a"), "a photo of a red cup."),
     (dict(n_ctx=9, ctx_init="a photo of a"), "a photo of a red cup."),
     (dict(ctx_init="a photo of a", class_token_position="middle"), "[2 vectors] red cup [2 vectors]."),
     (dict(ctx_init="a photo of a", class_token_position="front"), "red cup [4 vectors]."),

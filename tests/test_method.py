@@ -439,6 +439,14 @@ def test_prompts_to_show_name_every_class(name, clip):
 
 
 @every_method
+def test_showing_the_prompts_draws_no_random_number(name, clip):
+    """A run shows them before it trains, and learns the same as one that does not."""
+    method = make(name, clip).train()
+    before = torch.get_rng_state()
+    assert method.prompt_texts and torch.equal(torch.get_rng_state(), before)
+
+
+@every_method
 def test_the_zero_shot_classifier_is_that_of_the_templates(name, clip):
     templates = ("{} texture.", "a photo of a {}.")
     assert torch.equal(METHODS[name](clip, NAMES, templates).zero_shot, clip.classifier(NAMES, templates))
