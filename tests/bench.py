@@ -585,7 +585,7 @@ def pipeline(n_pictures=256):
             for workers in 0, 2, 8:
                 pictures = data.Pictures(theirs.samples, transform)
                 if name == "training":
-                    pictures.decode_all()  # as few_shot_batches does
+                    data.decode_all(pictures)  # as few_shot_batches does
                 seed = 1 if name == "training" else None
                 loaders = (data.Batches(pictures, batch, torch.device("cpu"), workers, seed),
                            DataLoader(theirs, batch, num_workers=workers, persistent_workers=workers > 0))
