@@ -158,7 +158,7 @@ class Attention(nn.Module):
         self.in_proj_bias = nn.Parameter(torch.empty(3 * width))
         self.out_proj = nn.Linear(width, width)
 
-    def project(self, x, first=0, last=3):
+    def qkv(self, x, first=0, last=3):
         """x (.., D) -> (.., 3, H, d): queries, keys and values; or some of them, such as 1 to 3, keys and values."""
         rows = slice(first * x.shape[-1], last * x.shape[-1])
         projected = F.linear(x, self.in_proj_weight[rows], self.in_proj_bias[rows])
@@ -166,9 +166,12 @@ class Attention(nn.Module):
 
 
 def attend(q, kv, mask=None, causal=False):
-    """q (B, T, 1, H, d), kv (B, U, 2, H, d) -> (B, T, D): T tokens look at U, or with causal at those in front of them.
-    mask is added to the scores, 0 where a token may look and minus infinity elsewhere, or it is True where it may."""
-    q, k, v = q.squeeze(2).transpose(1, 2), *kv.transpose(1, 3).unbind(2)  # (B, H, T, d), (B, H, U, d) twice
+    """Queries q (B, T, 1, H, d), keys and values kv (B, U, 2, H, d) -> (B, T, D), what each query finds.
+
+    It looks at all U tokens, or with causal at its own and those in front of it, or where mask is True or 0 (not -inf).
+    """
+    q = q.squeeze(2).transpose(1, 2)  # (B, H, T, d)
+    k, v = kv.transpose(1, 3).unbind(2)  # (B, H, U, d)
     return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal).transpose(1, 2).flatten(2)
 
 
@@ -187,14 +190,14 @@ class Block(nn.Module):
 
         Those of prompts (P, D), the same for all pictures, are computed once. It is block(cat([x, prompts]))[:, :T].
         """
-        q, kv = self.attn.project(self.ln_1(x)).split([1, 2], dim=2)
+        q, kv = self.attn.qkv(self.ln_1(x)).split([1, 2], dim=2)
         return self.add_attention_and_mlp(x, attend(q, self.with_prompts(kv, prompts)))
 
     def with_prompts(self, kv, prompts):
         """Keys and values (B, T, 2, H, d) -> (B, T+P, 2, H, d)."""
         if prompts is None:
             return kv
-        of_prompts = self.attn.project(self.ln_1(prompts), 1, 3)  # (P, 2, H, d), or (B, P, 2, H, d)
+        of_prompts = self.attn.qkv(self.ln_1(prompts), 1, 3)  # (P, 2, H, d), or (B, P, 2, H, d)
         return torch.cat([kv, of_prompts.expand(len(kv), -1, -1, -1, -1)], dim=1)
 
     def add_attention_and_mlp(self, x, attended):
@@ -202,8 +205,8 @@ class Block(nn.Module):
         return x + self.mlp["c_proj"](self.activation(self.mlp["c_fc"](self.ln_2(x))))
 
     def attention_weights(self, x, prompts=None):
-        """The weights that forward(x, prompts) uses, for rollout and maps: -> (B, H, T, T+P), rows sum to 1."""
-        q, kv = self.attn.project(self.ln_1(x)).split([1, 2], dim=2)
+        """How much each token looks at each, for rollout and maps: -> (B, H, T, T+P), rows sum to 1."""
+        q, kv = self.attn.qkv(self.ln_1(x)).split([1, 2], dim=2)
         k = self.with_prompts(kv, prompts)[:, :, 0]  # (B, T+P, H, d)
         return (q.squeeze(2).transpose(1, 2) @ k.permute(0, 2, 3, 1) / math.sqrt(q.shape[-1])).softmax(dim=-1)
 
@@ -214,9 +217,9 @@ class LastBlock(Block):
     def forward(self, x, prompts=None, mask=None):
         """prompts as in Block; mask (B, T+P) is True for the tokens that the class token looks at, None: at all."""
         h = self.ln_1(x)
-        kv = self.with_prompts(self.attn.project(h, 1, 3), prompts)
+        kv = self.with_prompts(self.attn.qkv(h, 1, 3), prompts)
         mask = None if mask is None else mask[:, None, None]  # (B, 1, 1, T+P): the same for every head
-        return self.add_attention_and_mlp(x[:, :1], attend(self.attn.project(h[:, :1], 0, 1), kv, mask))
+        return self.add_attention_and_mlp(x[:, :1], attend(self.attn.qkv(h[:, :1], 0, 1), kv, mask))
 
     def all_tokens(self, x):
         """(B, T, D) -> (B, T, D), for those who do read the others."""
@@ -276,7 +279,7 @@ class TextBlock(Block):
     so all tokens go through them at once. Only attention looks at the layout."""
 
     def forward(self, x, layout):
-        return self.add_attention_and_mlp(x, layout.attend(self.attn.project(self.ln_1(x))))
+        return self.add_attention_and_mlp(x, layout.attend(self.attn.qkv(self.ln_1(x))))
 
 
 class LastTextBlock(Block):
@@ -284,8 +287,8 @@ class LastTextBlock(Block):
 
     def forward(self, x, layout):
         h = self.ln_1(x)
-        q = self.attn.project(h[layout.eot], 0, 1).unsqueeze(1)  # (K, 1, 1, H, d)
-        of_eot = attend_behind(q, *layout.split(self.attn.project(h, 1, 3)), layout.eot_mask)  # (K, 1, D)
+        q = self.attn.qkv(h[layout.eot], 0, 1).unsqueeze(1)  # (K, 1, 1, H, d)
+        of_eot = attend_behind(q, *layout.split(self.attn.qkv(h, 1, 3)), layout.eot_mask)  # (K, 1, D)
         return self.add_attention_and_mlp(x[layout.eot], of_eot.squeeze(1))
 
 
@@ -394,7 +397,7 @@ class CLIP(nn.Module):
         features = []
         for template in templates:
             tokens = self.tokenize([template.format(name.replace("_", " ")) for name in classnames])
-            features.append(F.normalize(self.encode_text(tokens), dim=-1))
+            features.append(F.normalize(self.encode_text(tokens).float(), dim=-1))  # fp32 also under autocast
         return F.normalize(sum(features), dim=-1)
 
     @classmethod
@@ -470,7 +473,7 @@ class Method(nn.Module):
     def embed_prompts(self):
         """Compute what else depends on the class names, such as prompts with places for learned vectors.
 
-        A method that overrides this calls it at the end of its __init__; for_classes calls it for other names.
+        A method that overrides this calls it in its __init__; for_classes calls it for other names.
         """
 
     @property
@@ -506,8 +509,10 @@ class Method(nn.Module):
         """-> the optimizer's groups, with rates and warm-up. recipe["parts"] has tensors with rates of their own."""
         recipe = recipe or self.recipe
         learned = {name: p for name, p in self.named_parameters() if p.requires_grad}
-        groups = [dict(params=[learned.pop(name)], **rates) for name, rates in recipe.get("parts", {}).items()
-                  if name in learned]
+        groups = []
+        for name, rates in recipe.get("parts", {}).items():
+            if name in learned:
+                groups.append(dict(params=[learned.pop(name)], **rates))
         return [*groups, dict(params=[*learned.values()], lr=recipe["lr"], warmup_epochs=recipe["warmup_epochs"])]
 
     def prepare(self, batches, val=()):
@@ -518,7 +523,7 @@ class Method(nn.Module):
         """
 
     def finish(self, val=()):
-        """Choose constants after the training, on the validation pictures that prepare() was given, too."""
+        """Choose constants after the training, by the validation pictures that prepare() was given."""
 
     def learned(self):
         """-> {name: tensor}, all that sets this method apart from a new one, a cache included: prompts.pt holds it."""
@@ -550,12 +555,13 @@ class Method(nn.Module):
         looked at are the same and P more, the block's own prompts, which are keys and values only.
         """
         inputs, last_block = [], self.clip.visual.blocks[-1]
-        hook = last_block.register_forward_pre_hook(lambda block, args: inputs.append(args))
+        hook = last_block.register_forward_pre_hook(lambda block, *given: inputs.append(given), with_kwargs=True)
         try:
             self.encode_image(images, self.encode_text())
         finally:
             hook.remove()
-        return last_block.attention_weights(*inputs[-1])  # the last call's: DPT runs the tower without prompts first
+        args, kwargs = inputs[-1]  # the last call's: DPT runs the tower without prompts first
+        return last_block.attention_weights(*args, **kwargs)
 
     def attention(self, images):
         """-> {title: (B, N)}, maps over the patches that show what the method looks at, the first one its attention.
@@ -575,21 +581,20 @@ def load_clip(name_or_path, device="cpu", activation=None):
     name_or_path: a weights file, a folder with one, or a name that support/weights.py knows, such as "ViT-B/16".
     activation: "gelu" or "quickgelu"; None: what a configuration beside the weights says, or else QuickGELU.
     """
-    path, clip = Path(name_or_path).expanduser(), None
-    try:  # OpenAI's archives, and state dicts in OpenAI's keys, are read here
-        if (path.parent / "open_clip_config.json").exists() or (path.parent / "config.json").exists():
-            raise UserError("a configuration lies beside it")
-        clip = CLIP.from_state_dict(read_weights(path), activation or "quickgelu")
-    except Exception as error:  # a broken file can fail anywhere in the readers
-        fault = " ".join(f"{type(error).__name__}: {error}".split())[:200]  # a text: the error would keep the tensors
-    if clip is None:  # names and other forms are read there, and what is wrong with a file is told in detail
-        try:
-            from support.weights import load
-        except ModuleNotFoundError:
-            raise UserError(f"clip_min.py alone reads OpenAI's weights files, and not {name_or_path} ({fault}): copy "
-                            "the project's folder support for names and other forms, or download it again.") from None
-        clip = load(str(name_or_path), activation)
-    return clip.to(device)
+    path = Path(name_or_path).expanduser()
+    if (path.parent / "open_clip_config.json").exists() or (path.parent / "config.json").exists():
+        fault = "a configuration lies beside it, so it is not OpenAI's"
+    else:
+        try:  # OpenAI's archives, and state dicts in OpenAI's keys
+            return CLIP.from_state_dict(read_weights(path), activation or "quickgelu").to(device)
+        except Exception as error:  # a broken file can fail anywhere in the readers
+            fault = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+    try:  # names and other forms; what is wrong with a file is told in detail
+        from support.weights import load
+    except ModuleNotFoundError:
+        raise UserError(f"clip_min.py alone reads OpenAI's weights files, and not {name_or_path} ({fault}): copy the "
+                        "project's folder support for names and other forms, or download it again.") from None
+    return load(str(name_or_path), activation).to(device)
 
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64}

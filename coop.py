@@ -108,15 +108,15 @@ class Prompts(nn.Module):
     def __init__(self, clip, classnames, n_ctx, n_front, csc=False):
         super().__init__()
         tokens = clip.tokenize([f"{' '.join(['X'] * n_ctx)} {name}." for name in classnames])  # (K, 77)
-        context, order = list(range(1, 1 + n_ctx)), []  # the places of the X
+        context, rows = list(range(1, 1 + n_ctx)), []  # the places of the X in these tokens
         for name in classnames:
             end = 1 + n_ctx + len(encode(name))
-            name, rest = range(1 + n_ctx, end), range(end, tokens.shape[1])
-            order.append([0, *context[:n_front], *name, *context[n_front:], *rest])  # Eq. 2, 4
-        order = tokens.new_tensor(order)
+            of_name, of_rest = range(1 + n_ctx, end), range(end, tokens.shape[1])
+            rows.append([0, *context[:n_front], *of_name, *context[n_front:], *of_rest])  # t_i as in Eq. 2 and 4
+        order = tokens.new_tensor(rows)  # (K, 77), where each token of a prompt is taken from
         x, self.layout = clip.text.embed(tokens.gather(1, order), n_common=1 if csc else 1 + n_front)
-        order = self.layout.join(order)  # (C + K*S,)
-        places = ((order >= 1) & (order <= n_ctx)).nonzero().squeeze(1)  # the rows of x that a vector takes
+        source = self.layout.join(order)  # (C + K*S,)
+        places = ((source >= 1) & (source <= n_ctx)).nonzero().squeeze(1)  # the rows of x that a vector takes
         positions = self.layout.join(clip.text.positional_embedding.expand(len(tokens), -1, -1))[places]
         self.x, self.places, self.positions = (nn.Buffer(t, persistent=False) for t in (x, places, positions))
         self.n_front, self.csc = n_front, csc

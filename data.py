@@ -195,7 +195,7 @@ class Batches:
     `for images, labels in batches` walks through all pictures in their order. `epoch(number)` walks through them in a
     random order; with `drop_last` a last batch that is short is left out, unless it is the only one. With a `seed` the
     pictures are augmented, each walk and each epoch in its own way. What they look like depends on the seed, the number
-    of the walk or epoch and the picture, and not on the number of workers.
+    of the walk or epoch and the picture, and not on the number of workers. One walk has to end before the next begins.
     """
 
     def __init__(self, pictures, batch_size, device, workers=0, seed=None, drop_last=False):

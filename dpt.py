@@ -195,6 +195,7 @@ class DPT(VLP):
         l_ca = l_ca / (len(labels) / pictures)
         loss = self.phase_loss(z0 if epoch < self.guide_epochs else None, z, text, labels)
         # Without a hit W_c and its LN have no gradient, as in the release: weight decay and momentum do not move them.
+        # To know it, a GPU has to be waited for, once in a step.
         return loss + self.alpha * l_ca if hits.any() else loss
 
 

@@ -68,9 +68,9 @@ class FGVPL(Method):
       "tip-f"    Tip-Adapter-F: the same with learned keys                              (n * E)
     `alpha`, `beta` and `lam` stand in Eq. 10 and 19, and phi(s) = exp(-sharpness (1-s)). `search` chooses lam, and
     Tip-Adapter's sharpness, below `max_lam` and `max_sharpness`. With `region="bbox"` the object is the box around the
-    region. `new_layer="light"` is a random Phi_O of one head and a linear layer for the MLP, as in the authors' later
-    code (3,482,112). With `share_adapters=False` f and f_O have a p and a q each, as there. The cache is the mean of
-    `cache_views` augmented views of each picture. prepare() builds it; before that path 2 adds nothing.
+    region. `new_layer="light"` is a random Phi_O of one head, its MLP one linear layer and the activation, as in the
+    authors' later code (3,482,112). With `share_adapters=False` f and f_O have a p and a q each, as there. The cache is
+    the mean of `cache_views` augmented views of each picture. prepare() builds it; before that it is empty.
     """
 
     # FG-VPL, Section 4.2. Tip-Adapter-F: its own epochs, the rest is the same.

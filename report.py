@@ -28,9 +28,9 @@ import data
 import train
 from clip_min import Method, UserError, preprocess
 from support import charts
-from support.benchmarks import published
+from support.benchmarks import identify, published
 from support.checks import without_trained
-from support.console import exit_status, show
+from support.console import exit_status, quoted, show
 from support.folders import SUFFIXES, pictures_below, shortened
 from support.machine import Machine, choose_machine
 from support.output import loss_bars, print_table, save_csv, save_picture, save_tensor
@@ -39,8 +39,6 @@ from support.runs import read_prompts
 from support.settings import Settings, above
 from support.summary import Summary
 from upt import inter_class_variance, intra_class_variance
-
-ZERO_SHOT_OPTIONS = train.METHODS["zeroshot"].default_options()
 
 
 def main(argv=None):
@@ -123,7 +121,7 @@ def open_run(folder, device):
 
 def summarise(out):
     """Print the runs under `out` as a Markdown table. Write summary.csv and the charts of accuracies and gains."""
-    summary = Summary(out, ZERO_SHOT_OPTIONS)
+    summary = Summary(out, train.METHODS["zeroshot"].default_options())
     print_table("Accuracy in percent; of several seeds: mean ± standard deviation (number of seeds)", *summary.table())
     save_csv(out / "summary.csv", summary.csv_lines())
     curves, gains = summary.curves(), summary.gains()
@@ -142,7 +140,7 @@ def summarise(out):
 
 
 def read_run(run):
-    return read_finished(run.folder, run.saved["classnames"], ZERO_SHOT_OPTIONS)
+    return read_finished(run.folder, run.saved["classnames"], train.METHODS["zeroshot"].default_options())
 
 
 def describe(run):
@@ -152,7 +150,7 @@ def describe(run):
         print(f"{name:13} {value}")
     is_zero_shot = zero_shot.row == entries[0].row  # then both say the same
     for entry in entries if is_zero_shot else [zero_shot, *entries]:
-        print(f"accuracy      {entry.accuracy:.2f} % {entry.column}, {entry.row.method}{train.quoted(entry.papers)}")
+        print(f"accuracy      {entry.accuracy:.2f} % {entry.column}, {entry.row.method}{quoted(entry.papers)}")
 
     classes, confused = count_answers(predictions)
     balanced = statistics.mean(100 * right / count for _, right, count, _ in classes)
@@ -243,13 +241,13 @@ def likeliest_classes(run, files):
 
 def evaluate_on(run, name, root):
     """Print the accuracy of a trained run on a data set: on its own again, or on another one."""
-    _, path = data.identify(name)
+    _, path = identify(name)
     is_other_folder = path not in ("", run.saved["data_path"])  # all of its pictures are tested
     target = data.load(name, root, shots=0, whole=is_other_folder)
     target = without_trained(target, run.saved["train"], run.saved["data_path"])
     evaluation = train.evaluate_on(run.method, target, run.saved["class_ids"], run.machine)
     papers = [] if target.own else published(run.settings, target.name)
-    print(f"{target.name:13} {evaluation.accuracy:.2f} % of {len(target.test)} test pictures{train.quoted(papers)}")
+    print(f"{target.name:13} {evaluation.accuracy:.2f} % of {len(target.test)} test pictures{quoted(papers)}")
 
 
 @torch.no_grad()

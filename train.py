@@ -40,8 +40,8 @@ from fgvpl import FGVPL
 from support.benchmarks import published
 from support.checks import columns, require_same_classes, split_classes, without_trained
 from support.console import advice, exit_status, print_settings, quoted, show_epoch
-from support.machine import average, cast_products, choose_machine, device_name, gather, join_processes, process_0_first
-from support.runs import Checkpoint, rates, read_prompts, require_finite, reserve, save_run, warn_of_moved
+from support.machine import average, cast_products, choose_machine, gather, join_processes, process_0_first
+from support.runs import Checkpoint, device_name, rates, read_prompts, require_finite, reserve, save_run, warn_of_moved
 from support.settings import above, resolve_settings, template
 from upt import UPT, variances
 from vpt import VPT

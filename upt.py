@@ -84,8 +84,7 @@ class UPT(Method):
             self.ctx = normal(depth_text, n_ctx, width)
             self.visual_prompts = normal(depth_visual, n_visual, visual_width)
             return
-        n_tokens = n_ctx if mode == "shared" else n_ctx + n_visual
-        self.unified = normal(max(depth_text, depth_visual), n_tokens, width)
+        self.unified = normal(max(depth_text, depth_visual), n_ctx if mode == "shared" else n_ctx + n_visual, width)
         self.to_visual = nn.Linear(width, visual_width)
         if mode == "attention":
             self.self_attention = nn.MultiheadAttention(width, heads, dropout, batch_first=True)
@@ -95,8 +94,7 @@ class UPT(Method):
             self.ffn = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, width))
         self.to(self.zero_shot.device)
 
-    def embed_prompts(self):
-        """Embed the prompts "X .. X CLASS." of all classes: (C + K*S, Dt) and their Layout."""
+    def embed_prompts(self):  # "X .. X CLASS." of all classes, (C + K*S, Dt), and their Layout
         prompts, self.layout = self.clip.embed_prompts(self.classnames, self.n_ctx)
         self.prompts = nn.Buffer(prompts, persistent=False)
 

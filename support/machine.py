@@ -56,11 +56,6 @@ def cast_products(clip, dtype):
             parameter.data = parameter.data.to(dtype)
 
 
-def device_name(device):
-    """-> a GPU's name; of any other device its kind, such as "cpu"."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-
-
 @contextmanager
 def join_processes(machine):
     """Under torchrun the block has the Machine with this process's number and its GPU. Only process 0 prints."""

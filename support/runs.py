@@ -174,6 +174,11 @@ def rates(optimizer):
     return "/".join(dict.fromkeys(f"{group['lr']:.2g}" for group in optimizer.param_groups))
 
 
+def device_name(device):
+    """-> a GPU's name; of any other device its kind, such as "cpu"."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
 def save_run(folder, bench, method, description, evaluation, result):
     """Write a run's folder, whole or not at all: beside its place, then renamed.
 

@@ -296,7 +296,8 @@ def test_ucfs_capital_letters_are_those_of_the_list(tmp_path):
     ("oxford_pets", "https://www.robots.ox.ac.uk/~vgg/data/pets/data/", "5c4f3ee8e5d25df40f4fd59a7f44e54c"),
     ("oxford_flowers", "https://www.robots.ox.ac.uk/~vgg/data/flowers/102/", "52808999861908f626f3c1f4e79d11fa"),
     ("food101", "http://data.vision.ee.ethz.ch/cvl/", "85eeb15f3717b99a5da872d97d918f87"),
-    ("fgvc_aircraft", "https://www.robots.ox.ac.uk/~vgg/data/fgvc-aircraft/archives/", "d4acdd33327262359767eeaa97a4f732"),
+    ("fgvc_aircraft", "https://www.robots.ox.ac.uk/~vgg/data/fgvc-aircraft/archives/",
+     "d4acdd33327262359767eeaa97a4f732"),
     ("dtd", "https://www.robots.ox.ac.uk/~vgg/data/dtd/download/", "fff73e5086ae6bdbea199a49dfb8a4c1"),
     ("eurosat", "https://huggingface.co/datasets/torchgeo/eurosat/resolve/c877bcd43f099cd0196738f714544e355477f3fd/",
      "c8fa014336c82ac7804f0398fcb19387"),
@@ -836,7 +837,7 @@ def test_all_500_published_numbers_are_there():
 
 
 def test_a_methods_option_goes_before_what_the_recipe_calls_the_same(tmp_path, monkeypatch):
-    """A method has an option lr of its own; the recipe's lr is another thing. What only the recipe has is found there."""
+    """A method has an option lr of its own, and the recipe's is another. What only the recipe has is found there."""
     (tmp_path / "published.csv").write_text("method,options,backbone,shots,dataset,accuracy,paper,table,row\n"
                                             "new,lr=5,ViT-B/16,4,dtd,61.5,P,Table 1,New\n"
                                             "new,lr=0.002,ViT-B/16,4,dtd,62.5,P,Table 2,New\n"

@@ -613,7 +613,8 @@ def test_version_1_takes_the_numbers_of_classes_of_its_table_1():
         plain, no_options = settings.resolve_recipe(CAVPT.recipe, {}, name, 16)
         assert (options, no_options) == (dict(k_n=number), {}) and recipe == plain
     for name in ("imagenet", "sun397", "shapes"):
-        assert settings.resolve_recipe(CAVPT.recipe, tuned, name, 16) == settings.resolve_recipe(CAVPT.recipe, {}, name, 16)
+        untuned = settings.resolve_recipe(CAVPT.recipe, {}, name, 16)
+        assert settings.resolve_recipe(CAVPT.recipe, tuned, name, 16) == untuned
     args = train.parse_arguments(["--set", "base=vpt", "tuned_k_n=true"])
     assert train.resolve_settings(args, train.METHODS, "stanford_cars", "cavpt", 16, 1).options["k_n"] == 100
     args = train.parse_arguments(["--set", "tuned_k_n=true", "k_n=3"])

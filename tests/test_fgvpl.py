@@ -1017,7 +1017,8 @@ EPOCHS = [
 @pytest.mark.parametrize("shots", [0, 1, 16])
 def test_the_recipe_is_the_papers(options, dtd, imagenet, eurosat, shots):
     names = ("dtd", "imagenet", "eurosat")
-    recipes, of_data = zip(*(settings.resolve_recipe(FGVPL.recipe, options, name, shots) for name in names), strict=True)
+    resolved = [settings.resolve_recipe(FGVPL.recipe, options, name, shots) for name in names]
+    recipes, of_data = zip(*resolved, strict=True)
     assert of_data == tuple(TIP[name] if "tip" in options.get("parts", "") else {} for name in names)
     assert [recipe["epochs"] for recipe in recipes] == [dtd, imagenet, eurosat]
     assert [list(recipe.get("templates", [])) for recipe in recipes] == [[], SEVEN, []]

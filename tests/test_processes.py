@@ -155,7 +155,8 @@ def test_a_full_disk_ends_the_run_in_one_sentence_and_keeps_the_checkpoint_befor
 
 def test_an_epoch_that_takes_longer_has_checkpoints_of_its_own(flags, monkeypatch):
     written, write = [], train.Checkpoint.write
-    monkeypatch.setattr(train.Checkpoint, "write", lambda self, *args: written.append(len(args[4])) or write(self, *args))
+    monkeypatch.setattr(
+        train.Checkpoint, "write", lambda self, *args: written.append(len(args[4])) or write(self, *args))
     assert train.main(list(map(str, flags))) == 0
     assert written == [0, 0, 0]  # at the end of every epoch
     monkeypatch.setattr(runs, "CHECKPOINT_SECONDS", 0)
@@ -192,7 +193,8 @@ def test_of_a_sweep_the_second_process_takes_the_next_run(flags, tmp_path, capsy
     with train.reserve(tmp_path / "runs" / "photos" / "coop" / "seed1", False, Machine(torch.device("cpu"))):
         pass  # a lock that was given back is no hindrance
     args = train.parse_arguments(list(map(str, flags)))
-    folders = [Path(args.out) / train.resolve_settings(args, train.METHODS, args.data[0], "coop", 4, seed).folder for seed in (1, 2)]
+    settings = [train.resolve_settings(args, train.METHODS, args.data[0], "coop", 4, seed) for seed in (1, 2)]
+    folders = [Path(args.out) / of_run.folder for of_run in settings]
     folders[1].parent.mkdir(parents=True)
     folders[1].with_name(f"{folders[1].name}.lock").write_bytes(b"")  # of a process that was killed
     held = FORKSERVER.Event()

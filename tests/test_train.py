@@ -38,7 +38,8 @@ from support.settings import WORLD_EPOCHS, Settings, resolve_recipe
 SETTINGS = {field.name for field in fields(Settings)}
 KEYS = SETTINGS | {
     "classes", "train_images", "test_images", "zero_shot", "accuracy", "published", "published_source", "shifts",
-    "base_to_new", "variance", "trainable_parameters", "seconds_training", "seconds_total", "epochs", "losses", "picks", "torch",
+    "base_to_new", "variance", "trainable_parameters", "seconds_training", "seconds_total", "epochs", "losses", "picks",
+    "torch",
     "device",
 }
 TIMES = {"seconds_training", "seconds_total"}
@@ -593,7 +594,8 @@ def test_predictions_name_every_test_picture_with_what_the_method_says_of_it(fin
 
 def test_a_run_says_what_it_is_before_it_says_how_it_went(finished):
     run = result(finished.folder)
-    patterns = ["method +coop", "data +photos.*3 classes.*12 training.*12 test pictures", "backbone +weights with quickgelu on cpu",
+    patterns = ["method +coop", "data +photos.*3 classes.*12 training.*12 test pictures",
+                "backbone +weights with quickgelu on cpu",
                 r"recipe +.*lr\W+0.002", r"prompts +.*blue.*\|.*green.*\|.*red",
                 rf"zero-shot +{run['zero_shot']:.2f} %", "epoch 2/2 +loss", rf"accuracy +{run['accuracy']:.2f} %",
                 f"saved +{finished.folder}"]
