@@ -43,7 +43,7 @@ def choose_machine(device, precision, workers):
     if precision == "auto" and device.type == "cuda":
         has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)  # emulated, as on a V100, fp16 is faster
         precision = "bf16" if has_bf16 else "fp16"
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)  # else fp32
+    dtype = {"auto": None, "fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
     if workers is None:
         workers = 0 if device.type == "cpu" else min(8, os.cpu_count() or 1)  # on a CPU the towers need the cores
     return Machine(device, dtype, workers)

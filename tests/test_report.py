@@ -453,9 +453,8 @@ def test_prompt_attention_is_what_patches_would_give_to_the_prompt(world, runs, 
     with torch.no_grad():
         z = method.run_blocks(method.embed(image.unsqueeze(0)))[0]  # (1, 1+4+1, D), the prompt is the last token
         block = method.clip.visual.blocks[-1]
-        h = block.ln_1(z)
-        q, (k, _) = block.attn.query(h), block.attn.key_value(h)
-        weights = torch.stack([(q[0, head] @ k[0, head].T / 8).softmax(dim=1) for head in range(2)]).mean(dim=0)
+        q, k, _ = block.attn.qkv(block.ln_1(z))[0].permute(1, 2, 0, 3)  # (2 heads, 6 tokens, 64)
+        weights = torch.stack([(q[head] @ k[head].T / 8).softmax(dim=1) for head in range(2)]).mean(dim=0)
     torch.testing.assert_close(shown[0], weights[1:5, 5])
     assert len(shown) == 1
 
