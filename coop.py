@@ -53,13 +53,15 @@ class CoOp(Method):
         self.n_front = {"end": self.n_ctx, "middle": self.n_ctx // 2, "front": 0}[class_token_position]
         number = (len(classnames),) if csc else ()  # of contexts
         ctx = self.zero_shot.new_empty(*number, self.n_ctx, clip.text.token_embedding.embedding_dim).normal_(std=0.02)
-        self.ctx = nn.Parameter(ctx.copy_(clip.text.token_embedding.weight[words]) if words else ctx)
+        if words:
+            ctx.copy_(clip.text.token_embedding.weight[words])
+        self.ctx = nn.Parameter(ctx)
         self.embed_prompts()
 
     def embed_prompts(self):
         """Embed the prompts of all classes as one stream of tokens (C + K*S, D), with places for the context."""
-        self.is_default = self.n_front == self.n_ctx and not self.csc
-        if self.is_default:
+        self.is_common = self.n_front == self.n_ctx and not self.csc  # all classes begin with the whole context
+        if self.is_common:
             prompts, self.layout = self.clip.embed_prompts(self.classnames, self.n_ctx)
             self.prompts = nn.Buffer(prompts, persistent=False)
         else:
@@ -83,10 +85,10 @@ class CoOp(Method):
     def encode_context(self, ctx):
         """A context (M, D), or (K, M, D) with csc -> the classifier (K, E), not normalised."""
         text, m = self.clip.text, self.n_ctx
-        if not self.is_default:  # Eq. 4, or contexts of their own
-            return text(self.prompts(ctx), self.prompts.layout)
-        ctx = ctx + text.positional_embedding[1 : 1 + m]  # behind the start token, in front of every name         Eq. 2
-        return text(torch.cat([self.prompts[:1], ctx, self.prompts[1 + m :]]), self.layout)
+        if self.is_common:  # [SOS, v_1 .. v_M, CLASS_i, ".", EOT]                                               Eq. 2
+            ctx = ctx + text.positional_embedding[1 : 1 + m]
+            return text(torch.cat([self.prompts[:1], ctx, self.prompts[1 + m :]]), self.layout)
+        return text(self.prompts(ctx), self.prompts.layout)  # Eq. 4, or contexts of the classes' own
 
     def for_classes(self, classnames, columns=None):
         """See Method. Class-specific contexts belong to the training classes: `columns` tells which ones to keep."""
