@@ -145,7 +145,7 @@ ACTIVATIONS = {  # OpenAI's x sigmoid(1.702 x), in the form that keeps least for
     "quickgelu": lambda x: F.silu(1.702 * x) / 1.702, "gelu": F.gelu,
 }
 
-MANY_TEXTS = 500  # from here on TextBlock saves memory at the cost of a little time
+MANY_TEXTS = 500  # with more texts attend_behind() saves memory, at the cost of a little time
 
 
 class Attention(nn.Module):
