@@ -99,7 +99,7 @@ def test_gradients_equal_encoding_every_class_alone_in_full_length(options, prec
     method, images, labels = trained(clip, options), picture(32, 4), torch.tensor([0, 3, 1, 2])
     literal = F.cross_entropy(literal_logits(method, images, literal_encode_text(method, NAMES, **options)), labels)
     ours = torch.autograd.grad(method.loss(images, labels), method.ctx)[0]
-    assert_equal(ours, torch.autograd.grad(literal, method.ctx)[0])
+    assert_equal(ours, torch.autograd.grad(literal, method.ctx)[0], relative=1e-4)
 
 
 @pytest.mark.parametrize("csc", [False, True])
