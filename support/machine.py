@@ -36,8 +36,9 @@ def choose_machine(device, precision, workers):
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         torch.empty(0, device=device)
-    except (AssertionError, NotImplementedError, RuntimeError) as error:  # the first from a PyTorch without CUDA
-        raise UserError(f"--device {device} cannot be used by PyTorch here: use cuda or cpu.") from error
+    except (AssertionError, NotImplementedError, RuntimeError) as error:  # a build without CUDA asserts that it has it
+        detail = " ".join(str(error).split())[:200]  # the name is none, or the driver says what it lacks
+        raise UserError(f"--device {device} cannot be used by PyTorch here ({detail}): use cuda or cpu.") from error
     device = torch.device(device)
     torch.backends.cudnn.allow_tf32 = False  # else cuDNN rounds what an fp32 convolution multiplies
     if precision == "auto" and device.type == "cuda":
