@@ -1295,7 +1295,8 @@ def test_no_cuda(error, monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch, "empty", no_driver)
-    assert "--device cuda" in (message := error("--device", "cuda")) and "cpu" in message and "no NVIDIA driver" in message
+    message = error("--device", "cuda")
+    assert "--device cuda" in message and "no NVIDIA driver" in message and "cpu" in message
 
 
 @pytest.mark.parametrize("device", ["toaster", "cpu:first", "xpu:9"])
