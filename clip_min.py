@@ -8,9 +8,8 @@ github.com/openai/CLIP (MIT): same token ids, same key names, same outputs; ViT 
     logits   = exp(logit_scale) * cos(f, g)         (B, K)
 
 Prompt learning works between the stages: a method writes the loop over the blocks itself. Three shortcuts are exact in
-outputs and gradients. What all prompts begin with ("a photo of a", or a learned context) is computed once and not for
-every class, since attention is causal. Visual prompts that nobody reads are keys and values only. And the last block
-computes only the token that is read.
+outputs and gradients: what all prompts begin with is computed once and not for every class (Layout), visual prompts
+that nobody reads are keys and values only (Block), and the last block computes only the token that is read (LastBlock).
 
 B images, R resolution, N patches, P visual prompts, K texts of C common and S further tokens, D width of a tower, H
 heads of width d, E joint width.
@@ -63,12 +62,9 @@ def sum_over_processes(x):
 
 def preprocess(resolution):
     """CLIP's picture pipeline: an RGB PIL image -> (3, resolution, resolution) float tensor."""
-    return transforms.Compose([
-        transforms.Resize(resolution, transforms.InterpolationMode.BICUBIC),
-        transforms.CenterCrop(resolution),
-        transforms.ToTensor(),
-        transforms.Normalize(MEAN, STD),
-    ])
+    resize = transforms.Resize(resolution, transforms.InterpolationMode.BICUBIC)
+    crop, normalize = transforms.CenterCrop(resolution), transforms.Normalize(MEAN, STD)
+    return transforms.Compose([resize, crop, transforms.ToTensor(), normalize])
 
 
 # ---------------------------------------------------------------------------------------------------------- tokenizer
@@ -77,6 +73,7 @@ WORD = regex.compile(
     r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+", regex.IGNORECASE
 )
 START, END = 49406, 49407  # token ids
+SPECIAL = {"<|startoftext|>": (START,), "<|endoftext|>": (END,)}
 
 
 @functools.cache
@@ -102,10 +99,8 @@ def vocabulary():
 @functools.lru_cache(maxsize=1 << 16)
 def encode_word(word):
     """One word -> tuple of ids: bytes first, then the earliest-learned merge of any neighbours, again and again."""
-    if word == "<|startoftext|>":
-        return (START,)
-    if word == "<|endoftext|>":
-        return (END,)
+    if word in SPECIAL:
+        return SPECIAL[word]
     byte_ids, merges = vocabulary()
     parts = [byte_ids[b] for b in word.encode("utf-8")]
     parts[-1] += 256  # the byte's twin that ends a word
@@ -402,12 +397,10 @@ class CLIP(nn.Module):
 
     @classmethod
     def from_state_dict(cls, state_dict, activation="quickgelu", vision_heads=None, text_heads=None):
-        """A state dict in OpenAI's keys -> CLIP with fp32 parameters, frozen, eval(); UserError if anything is amiss.
+        """A state dict in OpenAI's keys -> CLIP with fp32 parameters, frozen, eval(). Sizes are read from the tensors.
 
-        Every size is read from the tensors. Heads are 64 wide where their number is not given, as in OpenAI's models.
+        Heads are 64 wide where their number is not given, as in OpenAI's models. UserError if the tensors do not fit.
         """
-        if activation not in ACTIVATIONS:
-            raise UserError(f"The activation is {activation}: choose {' or '.join(ACTIVATIONS)}.")
         state = {}  # under our keys: blocks lie directly in their tower, the text tower is a module of its own
         try:
             for key, tensor in state_dict.items():
@@ -419,26 +412,22 @@ class CLIP(nn.Module):
             grid = math.isqrt(len(state["visual.positional_embedding"]) - 1)
             context_length, text_width = state["text.positional_embedding"].shape
             vocab_size, joint = len(state["text.token_embedding.weight"]), state["text.text_projection"].shape[1]
-            if not min(grid, patch, context_length, vocab_size, joint, layers["visual"], layers["text"]):
-                raise ValueError("one of its sizes is 0")
             for width, heads in (vision_width, vision_heads), (text_width, text_heads):
                 if width % (heads or 64) or (heads is None and width > 1024):  # OpenAI's widest
                     raise ValueError(f"the number of attention heads for its width {width} is not {heads or 'known'}, "
                                      "put its own open_clip_config.json or config.json beside the weights")
             with torch.device("meta"):  # no memory and no random initialisation: the tensors are assigned below
-                clip = cls(VisionTransformer(grid * patch, patch, vision_width, layers["visual"], joint,
-                                             vision_heads, activation),
-                           TextTransformer(context_length, vocab_size, text_width, layers["text"], joint,
-                                           text_heads, activation), activation)
-            clip.requires_grad_(False).load_state_dict(state, strict=True, assign=True)
-        except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+                visual = VisionTransformer(grid * patch, patch, vision_width, layers["visual"], joint, vision_heads,
+                                           activation)
+                text = TextTransformer(context_length, vocab_size, text_width, layers["text"], joint, text_heads,
+                                       activation)
+                clip = cls(visual, text, activation)
+            clip.requires_grad_(False).load_state_dict(state, assign=True)
+        except Exception as error:  # what is no state dict of a CLIP can fail anywhere
             detail = " ".join(str(error).split())[:300].rstrip(".")
             raise UserError(f"These are not the weights of a CLIP ViT: {detail}.") from error
-        for name, parameter in clip.named_parameters():
+        for parameter in clip.parameters():
             parameter.data = parameter.float()
-            if not all(extreme.isfinite() for extreme in parameter.aminmax()):  # both are NaN where a number is
-                raise UserError(f"These are not the weights of a CLIP ViT: {name} has numbers that are not finite, "
-                                "download it again.")
         return clip.eval()
 
 
@@ -547,29 +536,12 @@ class Method(nn.Module):
         other.embed_prompts()
         return other
 
-    @torch.no_grad()
-    def attention_weights(self, images):
-        """images (B, 3, R, R) -> the attention weights of the image tower's last block (B, H, T, T+P), rows sum to 1.
-
-        The T tokens that look are the class token, the patches, and what a method put behind them. Those that are
-        looked at are the same and P more, the block's own prompts, which are keys and values only.
-        """
-        inputs, last_block = [], self.clip.visual.blocks[-1]
-        hook = last_block.register_forward_pre_hook(lambda block, *given: inputs.append(given), with_kwargs=True)
-        try:
-            self.encode_image(images, self.encode_text())
-        finally:
-            hook.remove()
-        args, kwargs = inputs[-1]  # the last call's: DPT runs the tower without prompts first
-        return last_block.attention_weights(*args, **kwargs)
-
     def attention(self, images):
-        """-> {title: (B, N)}, maps over the patches that show what the method looks at, the first one its attention.
+        """images (B, 3, R, R) -> {title: (B, N)}, maps over the patches of what the method alone looks at, if anything.
 
-        Here: the class token's attention to the patches in the last block, the mean of the heads.
+        report.py shows the class token's attention for a method without maps of its own.
         """
-        n = len(self.clip.visual.positional_embedding)  # class token and patches
-        return {"attention": self.attention_weights(images)[:, :, 0, 1:n].mean(dim=1)}
+        return {}
 
 
 # ------------------------------------------------------------------------------------------------------------ weights
@@ -581,20 +553,23 @@ def load_clip(name_or_path, device="cpu", activation=None):
     name_or_path: a weights file, a folder with one, or a name that support/weights.py knows, such as "ViT-B/16".
     activation: "gelu" or "quickgelu"; None: what a configuration beside the weights says, or else QuickGELU.
     """
-    path = Path(name_or_path).expanduser()
-    if (path.parent / "open_clip_config.json").exists() or (path.parent / "config.json").exists():
-        fault = "a configuration lies beside it, so it is not OpenAI's"
-    else:
-        try:  # OpenAI's archives, and state dicts in OpenAI's keys
-            return CLIP.from_state_dict(read_weights(path), activation or "quickgelu").to(device)
-        except Exception as error:  # a broken file can fail anywhere in the readers
-            fault = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-    try:  # names and other forms; what is wrong with a file is told in detail
+    try:
         from support.weights import load
-    except ModuleNotFoundError:
-        raise UserError(f"clip_min.py alone reads OpenAI's weights files, and not {name_or_path} ({fault}): copy the "
-                        "project's folder support for names and other forms, or download it again.") from None
+    except ModuleNotFoundError:  # this file was copied without the folder
+        load = load_openais
     return load(str(name_or_path), activation).to(device)
+
+
+def load_openais(path, activation):
+    """What load_clip can do by itself: OpenAI's archives, and state dicts in OpenAI's keys."""
+    try:
+        if Path(path).with_name("open_clip_config.json").exists():
+            raise ValueError("the configuration beside it is open_clip's")
+        return CLIP.from_state_dict(read_weights(path), activation or "quickgelu")
+    except Exception as error:  # a broken file can fail anywhere in the readers
+        fault = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise UserError(f"clip_min.py alone reads OpenAI's weights files, and not {path} ({fault}): copy the project's "
+                        "folder support for names and other forms, or download it again.") from error
 
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64}
@@ -611,10 +586,10 @@ def read_weights(path):
         if file.read(9)[8:] == b"{":  # safetensors: eight bytes of length, then JSON
             file.seek(0)
             return read_safetensors(file)
-        if zipfile.is_zipfile(file):  # OpenAI's TorchScript archives, and what torch.save writes today
+        if zipfile.is_zipfile(file):  # TorchScript, or what torch.save writes today
             archive = zipfile.ZipFile(file)
             if any(name.endswith("/constants.pkl") for name in archive.namelist()):
-                return read_torchscript(archive)
+                return dict(named_tensors(TorchScript(archive).load()))
         file.seek(0)
         return torch.load(file, map_location="cpu", weights_only=True)
 
@@ -624,39 +599,34 @@ def read_safetensors(file):
     length = int.from_bytes(file.read(8), "little")
     if length > 100_000_000:  # the format's limit
         raise ValueError("its header is too long")
-    header, state = json.loads(file.read(length)), {}
+    header, raw = json.loads(file.read(length)), memoryview(bytearray(file.read()))
     header.pop("__metadata__", None)
-    for key, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-        begin, end = entry["data_offsets"]
-        raw = bytearray(file.read(end - begin))
-        if len(raw) != end - begin or file.tell() != 8 + length + end:
-            raise ValueError(f"the data of {key} is not all there")
-        state[key] = torch.frombuffer(raw, dtype=DTYPES[entry["dtype"]]).view(entry["shape"])
-    if file.read(1):  # reading to the end also has gzip check its sum
-        raise ValueError("there is more behind the last tensor")
-    return state
+    if len(raw) != max(entry["data_offsets"][1] for entry in header.values()):
+        raise ValueError("it is longer or shorter than its header says")
+    return {key: torch.frombuffer(raw[slice(*entry["data_offsets"])], dtype=DTYPES[entry["dtype"]]).view(entry["shape"])
+            for key, entry in header.items()}
 
 
-def read_torchscript(archive):
-    """Its pickle names modules and tensors: only tensors and containers are built, the archive's code is not read."""
-    root = next(name for name in archive.namelist() if name.endswith("/data.pkl")).removesuffix("data.pkl")
+class TorchScript(pickle.Unpickler):
+    """OpenAI's archives: a pickle names modules and tensors. Nothing else is built, and the code beside it not read."""
 
-    class Unpickler(pickle.Unpickler):
-        def find_class(self, module, name):  # nothing but these, whatever it asks for
-            return SimpleNamespace if module.startswith("__torch__") else TORCHSCRIPT_NAMES[name]
+    def __init__(self, archive):
+        self.archive = archive
+        self.root = next(name for name in archive.namelist() if name.endswith("/data.pkl")).removesuffix("data.pkl")
+        super().__init__(archive.open(self.root + "data.pkl"))
 
-        def persistent_load(self, record):
-            _, dtype, key, _, _ = record  # "storage", type, key, device, number of elements
-            return torch.frombuffer(bytearray(archive.read(f"{root}data/{key}")), dtype=dtype)
+    def find_class(self, module, name):  # nothing but these, whatever it asks for
+        return SimpleNamespace if module.startswith("__torch__") else TORCHSCRIPT_NAMES[name]
 
-    with archive.open(root + "data.pkl") as file:
-        modules, state = [("", Unpickler(file).load())], {}
-    for prefix, module in modules:  # the list grows while it is walked
-        for name, value in vars(module).items():
-            if isinstance(value, torch.Tensor):
-                state[prefix + name] = value
-            elif isinstance(value, SimpleNamespace):
-                modules.append((f"{prefix}{name}.", value))
-        if len(modules) > 10_000:  # they contain each other
-            raise ValueError("it has too many modules")
-    return state
+    def persistent_load(self, record):
+        _, dtype, key, _, _ = record  # "storage", type, key, device, number of elements
+        return torch.frombuffer(bytearray(self.archive.read(f"{self.root}data/{key}")), dtype=dtype)
+
+
+def named_tensors(module, prefix=""):
+    """Walk through a module of a TorchScript archive and all modules in it."""
+    for name, value in vars(module).items():
+        if isinstance(value, torch.Tensor):
+            yield prefix + name, value
+        elif isinstance(value, SimpleNamespace):
+            yield from named_tensors(value, f"{prefix}{name}.")

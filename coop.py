@@ -10,11 +10,9 @@ Zhou, Yang, Loy, Liu: Learning to Prompt for Vision-Language Models, IJCV 2022, 
     CLASS_i      the word embeddings of the class name, in Prompts           frozen
     g  clip.text      f  clip.visual      1 / tau  clip.logit_scale.exp()    frozen
 
-What all prompts begin with, the start token and the context in front of the name, is encoded once for all classes: see
-Layout in clip_min.py. What the paper leaves open is settled as in its code: random contexts are drawn from a normal
-distribution with standard deviation 0.02, and weight decay applies to them. Official code:
-github.com/KaiyangZhou/CoOp, trainers/coop.py.
-
+What all prompts begin with is encoded once for all classes: see Layout in clip_min.py. What the paper leaves open is
+settled as in its code, github.com/KaiyangZhou/CoOp, trainers/coop.py: random contexts are drawn from a normal
+distribution with standard deviation 0.02, and weight decay applies to them.
 To use it elsewhere, copy this file, clip_min.py and assets/bpe_merges.txt.gz.
 K classes, M = n_ctx, D text width, E joint width; C common tokens and S further ones of each class, as in clip_min.py.
 """
@@ -41,10 +39,9 @@ class CoOp(Method):
 
     def __init__(self, clip, classnames, templates=("a photo of a {}.",), *, n_ctx=16, ctx_init="",
                  class_token_position="end", csc=False):
-        if n_ctx < 0:
-            raise UserError(f"n_ctx is {n_ctx}: it must be 0 or more.")
-        if class_token_position not in ("end", "middle", "front"):
-            raise UserError(f"class_token_position is {class_token_position}: choose end, middle or front.")
+        if n_ctx < 0 or class_token_position not in ("end", "middle", "front"):
+            raise UserError(f"n_ctx is {n_ctx} and class_token_position {class_token_position}: choose 0 or more, and "
+                            "end, middle or front.")
         super().__init__(clip, classnames, templates)
         self.ctx_init, self.csc = ctx_init.replace("_", " "), csc
         words = encode(self.ctx_init)
@@ -69,10 +66,9 @@ class CoOp(Method):
 
     @property
     def prompt_texts(self):
-        """See Method. The context is shown by the words it began with, or by the number of its vectors."""
+        """See Method. A context in front of the name is shown by the words it began with."""
         front, behind = (f"[{n} vectors]" if n else "" for n in (self.n_front, self.n_ctx - self.n_front))
-        if self.ctx_init and not behind:
-            front = self.ctx_init
+        front = front if behind else self.ctx_init or front
         return [f"{front} {name} {behind}".strip() + "." for name in self.classnames]
 
     def contexts(self):  # (M, D), or (K, M, D) with csc
@@ -91,7 +87,7 @@ class CoOp(Method):
         return text(self.prompts(ctx), self.prompts.layout)  # Eq. 4, or contexts of the classes' own
 
     def for_classes(self, classnames, columns=None):
-        """See Method. Class-specific contexts belong to the training classes: `columns` tells which ones to keep."""
+        """See Method. `columns` tells which of the class-specific contexts to keep."""
         if self.csc and columns is None:
             raise UserError("Class-specific contexts (csc) belong to the classes that they were trained for: train "
                             "with csc=false to use other class names.")
@@ -102,26 +98,23 @@ class CoOp(Method):
 
 
 class Prompts(nn.Module):
-    """The prompts of all classes in one stream (see Layout in clip_min.py), with places for a context.
-
-    `n_front` of the `n_ctx` vectors stand in front of the class name, the others behind it.
-    """
+    """Prompts with the first `n_front` of `n_ctx` vectors in front of the class name and the others behind it."""
 
     def __init__(self, clip, classnames, n_ctx, n_front, csc=False):
         super().__init__()
+        self.n_front, self.csc = n_front, csc
         tokens = clip.tokenize([f"{' '.join(['X'] * n_ctx)} {name}." for name in classnames])  # (K, 77)
         context, rows = list(range(1, 1 + n_ctx)), []  # the places of the X in these tokens
         for name in classnames:
-            end = 1 + n_ctx + len(encode(name))
-            of_name, of_rest = range(1 + n_ctx, end), range(end, tokens.shape[1])
-            rows.append([0, *context[:n_front], *of_name, *context[n_front:], *of_rest])  # t_i as in Eq. 2 and 4
-        order = tokens.new_tensor(rows)  # (K, 77), where each token of a prompt is taken from
+            own = list(range(1 + n_ctx, tokens.shape[1]))  # the name and what follows it
+            end = len(encode(name))
+            rows.append([0, *context[:n_front], *own[:end], *context[n_front:], *own[end:]])
+        order = tokens.new_tensor(rows)  # (K, 77), where each token of t_i is taken from                  Eq. 2 and 4
         x, self.layout = clip.text.embed(tokens.gather(1, order), n_common=1 if csc else 1 + n_front)
         source = self.layout.join(order)  # (C + K*S,)
         places = ((source >= 1) & (source <= n_ctx)).nonzero().squeeze(1)  # the rows of x that a vector takes
         positions = self.layout.join(clip.text.positional_embedding.expand(len(tokens), -1, -1))[places]
         self.x, self.places, self.positions = (nn.Buffer(t, persistent=False) for t in (x, places, positions))
-        self.n_front, self.csc = n_front, csc
 
     def forward(self, ctx):
         """ctx (M, D), or (K, M, D) with csc -> the prompts with their context (C + K*S, D)."""

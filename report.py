@@ -27,7 +27,7 @@ from PIL import Image, ImageOps
 import data
 import train
 from clip_min import Method, UserError, preprocess
-from support import charts
+from support import attention, charts
 from support.benchmarks import identify, published
 from support.checks import without_trained
 from support.console import exit_status, quoted, show
@@ -281,7 +281,7 @@ def zero_shot_of(method):
 
 @torch.no_grad()
 def draw_attention(runs, files):
-    """RUN/attention.png: for each picture the maps of zero-shot CLIP and of the runs, see Method.attention."""
+    """RUN/attention.png: for each picture the maps of zero-shot CLIP and of the runs."""
     titles, rows = ["picture"], read_pictures(files, runs[0])[1]
     columns = [("zero-shot", zero_shot_of(runs[0].method), runs[0])]
     columns += [(label_of(run.settings), run.method, run) for run in runs]
@@ -289,7 +289,7 @@ def draw_attention(runs, files):
         images, _ = read_pictures(files, run)  # runs may have different backbones
         with run.machine.autocast():
             best, classes = method(images).float().softmax(dim=-1).max(dim=-1)
-            maps = method.attention(images)
+            maps = attention.maps(method, images)
         answers = [f"{p:.0%} {method.classnames[i]}" for i, p in zip(classes.tolist(), best.tolist(), strict=True)]
         for n, (name, values) in enumerate(maps.items()):
             titles.append(title if n == 0 else "")
@@ -307,7 +307,7 @@ def draw_prompt_attention(run, files):
     """
     images, rows = read_pictures(files, run)
     with run.machine.autocast():
-        weights = run.method.attention_weights(images)  # (B, H, T, T+P)
+        weights = attention.weights(run.method, images)  # (B, H, T, T+P)
     n = len(run.method.clip.visual.positional_embedding)  # class token and patches; prompts stand behind them
     response = weights[:, :, 1:n, n:].mean(dim=1).mT  # (B, prompts, patches)
     if not response.shape[1]:

@@ -1,7 +1,7 @@
 """Every other form of CLIP weights: names, the hub, and files in the keys of open_clip, transformers or a training.
 
-clip_min.load_clip() hands over all that is not a file of OpenAI's. A file is fetched whole or not at all, nothing in it
-is run, and every fault ends in one sentence that names it and says what to do.
+clip_min.load_clip() calls load(). A file is fetched whole or not at all, nothing in it is run, and every fault ends in
+one sentence that names it and says what to do.
 """
 
 import gzip
@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from clip_min import ASSETS, CLIP, UserError, read_safetensors, read_weights
+from clip_min import ACTIVATIONS, ASSETS, CLIP, UserError, read_safetensors, read_weights
 from support.downloads import MachineError, download
 
 HUB = "https://huggingface.co/{}/resolve/main/{}"
@@ -127,7 +127,21 @@ def read_clip(path, activation=None):
         configuration = read_configuration(path.parent)
         if activation:
             configuration["activation"] = activation
-        return CLIP.from_state_dict(state, **configuration)
+        return build_clip(state, **configuration)
+
+
+def build_clip(state, activation="quickgelu", vision_heads=None, text_heads=None):
+    """CLIP.from_state_dict, and a UserError where a CLIP would come out that cannot compute or computes nonsense."""
+    if activation not in ACTIVATIONS:
+        raise UserError(f"The activation is {activation}: choose {' or '.join(ACTIVATIONS)}.")
+    clip = CLIP.from_state_dict(state, activation, vision_heads, text_heads)
+    for name, parameter in clip.named_parameters():
+        if not (parameter.numel() and clip.visual.resolution):
+            raise UserError("These are not the weights of a CLIP ViT: one of its sizes is 0.")
+        if not all(extreme.isfinite() for extreme in parameter.aminmax()):  # both are NaN where a number is
+            raise UserError(f"These are not the weights of a CLIP ViT: {name} has numbers that are not finite, "
+                            "download it again.")
+    return clip
 
 
 @contextmanager

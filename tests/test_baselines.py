@@ -29,7 +29,7 @@ from baselines.proda import ProDA
 from baselines.prograd import ProGrad
 from baselines.zeroshot import ZeroShot
 from clip_min import CLIP, Method, UserError, encode, preprocess, tokenize
-from support import benchmarks, settings
+from support import attention, benchmarks, settings
 
 ROOT = Path(__file__).parents[1]
 METHODS = dict(cocoop=CoCoOp, prograd=ProGrad, proda=ProDA, clip_adapter=CLIPAdapter, linear_probe=LinearProbe)
@@ -429,7 +429,7 @@ def test_shapes(name, clip):
     method, images = new(METHODS[name], clip), picture(32, 3)
     assert method.encode_text().shape == (5, 64) and method.encode_image(images, method.encode_text()).shape == (3, 64)
     assert method(images).shape == (3, 5) and method(images, method.encode_text()).shape == (3, 5)
-    assert method.attention(images)["attention"].shape == (3, 4)
+    assert attention.maps(method, images)["attention"].shape == (3, 4)
     assert METHODS[name](clip, ["cat"], **SMALL.get(METHODS[name], {}))(images).shape == (3, 1)
     assert len(method.prompt_texts) == 5 and "polka dotted" in method.prompt_texts[2]
 

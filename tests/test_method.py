@@ -14,6 +14,7 @@ from torch import nn
 
 import train
 from clip_min import CLIP, Method, UserError
+from support import attention
 from support.machine import cast_products
 
 # The linear probe learns nothing by steps, prepare() fits it: its promises are tested in test_baselines.py.
@@ -91,7 +92,7 @@ def test_clip_stays_the_same_to_the_bit(name, clip):
     before, image, text = copied(clip.state_dict()), clip.encode_image(IMAGES), clip.classifier(NAMES)
     method = trained(name, clip.requires_grad_(True))
     method(IMAGES, method.encode_text())
-    method.attention(IMAGES)
+    attention.maps(method, IMAGES)
     assert method.clip is clip and not any(p.requires_grad for p in clip.parameters())
     assert all(p.grad is None for p in clip.parameters())
     assert same_tensors(clip.state_dict(), before) and not clip._forward_pre_hooks
@@ -203,7 +204,7 @@ def test_the_order_of_calls_does_not_matter(name, clip):
         method, found = copy.deepcopy(original), {}
         calls = dict(text=method.encode_text, image=lambda m=method: m.encode_image(IMAGES, text),
                      logits=lambda m=method: m(IMAGES), loss=lambda m=method: m.loss(IMAGES, LABELS),
-                     attention=lambda m=method: m.attention(IMAGES)["attention"])  # fmt: skip
+                     attention=lambda m=method: attention.maps(m, IMAGES)["attention"])  # fmt: skip
         for step in order.split():
             torch.manual_seed(0)  # ProDA draws some of its prompts
             found[step] = calls[step]().detach()
@@ -312,7 +313,7 @@ def test_tensors_for_every_training_class_need_the_columns(name, options, clip):
 def test_attention_gives_maps_over_the_patches(name, clip):
     method = trained(name, clip)
     before = logits(method)
-    maps = method.attention(IMAGES)
+    maps = attention.maps(method, IMAGES)
     assert next(iter(maps)) == "attention" and all(m.shape == (4, 4) and not m.requires_grad for m in maps.values())
     sums = maps["attention"].sum(dim=1)  # of each head, and the class token and the prompts have the rest of it
     heads = clip.visual.blocks[0].attn.heads if name in CACHES else 1
@@ -327,8 +328,8 @@ def test_attention_is_that_of_the_last_block_with_the_prompts(name, clip, monkey
     seen = watch_attention(clip.visual.blocks[-1], monkeypatch)
     method(IMAGES)
     last = seen[-1]  # of the block's last run: (B, H, 1, 1+N or more)
-    assert_equal(method.attention(IMAGES)["attention"], last[:, :, 0, 1:5].mean(dim=1))
-    weights = method.attention_weights(IMAGES)
+    assert_equal(attention.maps(method, IMAGES)["attention"], last[:, :, 0, 1:5].mean(dim=1))
+    weights = attention.weights(method, IMAGES)
     assert weights.shape[:2] == last.shape[:2] and weights.shape[-1] == last.shape[-1] >= weights.shape[2] >= 5
     assert_equal(weights[:, :, :1], last)
     torch.testing.assert_close(weights.sum(dim=-1), torch.ones(weights.shape[:3]))
@@ -493,7 +494,7 @@ def test_it_runs_on_another_device(name, clip, monkeypatch):
     assert all(p.grad.device.type == "meta" for p in learned(method).values())
     with torch.no_grad():
         made = [method.eval().encode_text(), method(images), method(images, method.encode_text()), loss,
-                *method.attention(images).values(), *method.learned().values()]  # fmt: skip
+                *attention.maps(method, images).values(), *method.learned().values()]  # fmt: skip
     assert all(tensor.device.type == "meta" for tensor in made)
 
 
@@ -512,7 +513,7 @@ def test_on_a_gpu_it_is_made_there_and_gives_what_it_gives_on_a_cpu(name, clip):
     assert_equal(loss.cpu(), expected.loss(IMAGES, LABELS), 1e-3)
     other = method.for_classes(OTHERS, list(range(5)) if name in CACHES else None)
     assert all(tensor.is_cuda for tensor in [*other.parameters(), *other.buffers(), other(images)])
-    assert all(m.is_cuda for m in method.attention(images).values())
+    assert all(m.is_cuda for m in attention.maps(method, images).values())
 
 
 # ---- The programs know no method ----

@@ -29,7 +29,7 @@ import report
 import train
 from clip_min import CLIP, Method, load_clip
 from clip_min import preprocess as clip_preprocess
-from support import settings
+from support import attention, settings
 from support.benchmarks import BENCHMARKS, spell
 from support.world import WORLD
 
@@ -380,7 +380,7 @@ def test_the_readmes_own_method_keeps_the_promises(example, clip, monkeypatch):
     assert same_tensors(clip.state_dict(), before) and all(p.grad.abs().max() > 0 for p in learned(method).values())
     other = train.METHODS[example](clip, NAMES)
     other.load_learned(method.learned())
-    assert torch.equal(logits(other), logits(method)) and len(method.attention(IMAGES)) == 1
+    assert torch.equal(logits(other), logits(method)) and len(attention.maps(method, IMAGES)) == 1
     assert method.for_classes(OTHERS[:2])(IMAGES).shape == (4, 2)
 
 

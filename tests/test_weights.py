@@ -24,14 +24,13 @@ import threading
 import time
 import types
 import warnings
-import weakref
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import B16, TINY, at_most, openai_clip, random_clip, random_numbers, random_state_dict
+from conftest import B16, TINY, at_most, openai_clip, random_numbers, random_state_dict
 from torch import nn
 
 import clip_min
@@ -326,12 +325,11 @@ def test_what_is_in_openais_keys_is_read_without_support(form, file_of, tmp_path
     assert same(clip, CLIP.from_state_dict(random_state_dict(**SMALL, vocab=20))) and clip.activation == "gelu"
 
 
-@pytest.mark.parametrize("name", ["open_clip_config.json", "config.json"])
-def test_weights_beside_a_configuration_are_not_read_without_it(name, file_of, tmp_path, monkeypatch):
+def test_weights_of_open_clip_are_not_read_without_support(file_of, tmp_path, monkeypatch):
     """Their activation and heads may differ from OpenAI's, and no key tells."""
     monkeypatch.setitem(sys.modules, "support.weights", None)
-    write(tmp_path / name, b"{}")
-    with pytest.raises(UserError, match="weights .*a configuration lies beside it.*copy"):
+    write(tmp_path / "open_clip_config.json", b"{}")
+    with pytest.raises(UserError, match="weights .*the configuration beside it is open_clip's.*copy"):
         load_clip(write(tmp_path / "weights", file_of["safetensors"]))
 
 
@@ -341,23 +339,6 @@ def test_another_package_called_support_is_no_hindrance(file_of, tmp_path, monke
     assert load_clip(write(tmp_path / "weights", file_of["safetensors"])).activation == "quickgelu"
     with pytest.raises(UserError, match="not ViT-B/16 .*copy the project's folder support"):
         load_clip("ViT-B/16")
-
-
-def test_what_is_handed_over_is_not_held_twice(monkeypatch):
-    class State(dict):
-        """A dict that can be weakly referred to."""
-
-    held = []
-
-    def read_weights(path):
-        state = State(fc=torch.zeros(3))
-        held.append(weakref.ref(state))
-        return state
-
-    monkeypatch.setattr(clip_min, "read_weights", read_weights)
-    monkeypatch.setattr(weights, "load", lambda name, activation: held.append(held[0]() is None) or random_clip())
-    load_clip("foreign.pt")
-    assert held[1:] == [True]
 
 
 # ---- Nothing from a file is run ----
@@ -683,7 +664,7 @@ DEGENERATE = {
 @pytest.mark.parametrize("case", DEGENERATE)
 def test_degenerate_shapes_are_refused(case, small):
     with pytest.raises(UserError, match="^These are not the weights of a CLIP ViT: [^\n]*$"):
-        CLIP.from_state_dict(DEGENERATE[case](small))
+        weights.build_clip(DEGENERATE[case](small))
 
 
 @pytest.mark.parametrize(
@@ -699,7 +680,7 @@ def test_numbers_that_are_not_finite_are_an_error(key, number, small):
     damaged = small[key].clone()
     damaged.view(-1)[-1] = number
     with pytest.raises(UserError, match="not finite.*download"):
-        CLIP.from_state_dict(small | {key: damaged})
+        weights.build_clip(small | {key: damaged})
 
 
 def siglip(state):
@@ -750,7 +731,7 @@ def test_an_archive_whose_modules_contain_each_other_ends(file_of, tmp_path):
         following = b"h" + bytes([(i + 1) % modules])
         pickled += b"h" + bytes([i]) + b"}(X\x01\x00\x00\x00a" + following + b"X\x01\x00\x00\x00b" + following + b"ub0"
     replace_in_zip(path, "/data.pkl", lambda _: pickled + b"h\x00.")
-    with at_most(1_000_000), pytest.raises(UserError, match="loop.pt.*too many modules"):
+    with at_most(1_000_000), pytest.raises(UserError, match="loop.pt.*recursion"):
         load_clip(path)
 
 
