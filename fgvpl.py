@@ -18,7 +18,7 @@ Tip-Adapter-F (Zhang et al., ECCV 2022, arXiv:2207.09519), which are the second 
     p, q     p, q       Linear(E, E)  learned, with LeakyReLU(0.2)
     w        zero_shot  (K, E)        unit rows, from the templates: on ImageNet Tip-Adapter's seven
     F, F_O   keys       (2, n, E)     the cache, not learned;  L  labels  (n,), one-hot in the paper
-    lambda   lam        1, alpha 0.05, beta 0.5      AM, O  (B, N)      f, f_O  (B, E)
+    lambda   lam        1, alpha 0.05, beta 0.5      AM, O  (B, N)      f, f_O  (B, E)      z_l  hidden states
 
 Two things are printed and not followed, since CLIP's weights need their own form: a LayerNorm behind each sum (Eq. 3-4)
 and attention divided by the root of the number of heads (Eq. 5). Eq. 4 prints z_k where it means the z'_k of Eq. 3.
@@ -36,7 +36,7 @@ Left open, and here chosen:
     the validation shots, never on test pictures, which its code uses on ImageNet. Without such shots they stay.
 
 To use it elsewhere, copy this file, clip_min.py and assets/bpe_merges.txt.gz.
-B images, K classes, N patches, n cached pictures, H heads, L layers, D tower width, E joint width; z_l hidden states.
+B images, K classes, N patches, n cached pictures, H heads, L layers (in Eq. 17-18 labels), D tower, E joint width.
 """
 
 import math

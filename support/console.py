@@ -76,6 +76,8 @@ def advice(after, epochs, n_classes):
     """What to try where a run ends below zero-shot CLIP. after: its Evaluation; epochs: how many it was trained."""
     chance = math.log(n_classes)  # the cross-entropy of knowing nothing
     knows_nothing = after.cross_entropy > 0.97 * chance and after.accuracy < 150 / n_classes
-    remedy = "a smaller --lr" if knows_nothing and epochs > 20 else "more --epochs or --shots"
+    remedy = "more --epochs or --shots" if epochs else "more --shots"
+    if knows_nothing and epochs > 20:
+        remedy = "a smaller --lr"
     return (f"this is below zero-shot CLIP, with a cross-entropy of {after.cross_entropy:.2f} (chance: {chance:.2f}): "
             f"try {remedy}.")

@@ -32,6 +32,7 @@ import train
 from clip_min import Method, UserError, load_clip, preprocess
 from coop import CoOp
 from support import benchmarks, checks, runs
+from support.console import advice
 from support.machine import Machine
 from support.settings import WORLD_EPOCHS, Settings, resolve_recipe
 
@@ -929,6 +930,11 @@ def test_a_smaller_rate_is_advised_only_for_a_collapse_after_many_epochs(
     assert f"{cross_entropy:.2f}" in warning
     assert ("smaller --lr" in warning) == smaller_rate
     assert ("--epochs" in warning and "--shots" in warning) == (not smaller_rate)
+
+
+def test_a_method_without_epochs_is_not_advised_to_take_more():
+    remedy = advice(train.Evaluation(30.0, 5.0, [], []), 0, 3)
+    assert "--shots" in remedy and "--epochs" not in remedy
 
 
 def test_above_zero_shot_nobody_is_warned(start, toy, capsys):
