@@ -98,8 +98,8 @@ class Reader(pickle.Unpickler):
         return KNOWN.get((module, name)) or type(name, (StandIn,), {"__module__": module})
 
     def persistent_load(self, record):
-        if record[0] != "storage":  # a module, in old files
-            return StandIn()
+        if record[0] != "storage":  # "module", class, source file, source: old files have it with a pickled module
+            return record[1]
         _, dtype, key, _, count, *_ = record
         return self.storage(key, dtype, count)
 

@@ -110,7 +110,8 @@ def fetch_by_package(repository, configuration, file, check):
         snapshot = Path(hf_hub_download(repository, configuration)).parent  # named after its commit
         return Path(hf_hub_download(repository, file, revision=snapshot.name))
     except Exception as error:
-        if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
+        status = getattr(getattr(error.__cause__ or error, "response", None), "status_code", None)
+        if status == 404 or isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
             raise NotThere from error
         detail = " ".join(str(error).split())[:300].rstrip(".")
         raise UserError(f"huggingface_hub could not fetch {repository} ({detail}): try again, or put {file} and "

@@ -6,6 +6,7 @@ What transformers and open_clip answer was recorded once by `python tests/test_w
 packages are installed, the same comparisons run live as well.
 """
 
+import argparse
 import gzip
 import hashlib
 import http.server
@@ -361,6 +362,14 @@ def test_a_hostile_state_dict_is_not_run(new, state, tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
+@pytest.mark.parametrize("new", [True, False])
+def test_a_hostile_object_beside_the_weights_is_not_run_and_the_weights_are_read(new, small, tmp_path):
+    content = {"optimizer": Hostile(tmp_path / "ran"), "state_dict": small, "args": argparse.Namespace(lr=0.1)}
+    torch.save(content, tmp_path / "odd.pt", _use_new_zipfile_serialization=new)
+    assert same(load_clip(tmp_path / "odd.pt"), CLIP.from_state_dict(small))
+    assert not (tmp_path / "ran").exists()
+
+
 @pytest.mark.parametrize("protocol", range(6))
 def test_a_hostile_torchscript_archive_is_not_run(protocol, file_of, tmp_path):
     path = write(tmp_path / "bad.pt", file_of["torchscript"])
@@ -430,6 +439,32 @@ def test_a_changed_byte_is_found_where_the_form_has_checksums(form, file_of, tmp
         load_clip(write(tmp_path / "changed.pt", whole))
 
 
+@pytest.mark.parametrize("form", ["torchscript", "gzipped_safetensors", "state_dict"])
+def test_a_byte_changed_anywhere_is_refused_or_changes_nothing(form, file_of, tmp_path):
+    whole, expected = file_of[form], CLIP.from_state_dict(random_state_dict(**SMALL, vocab=20))
+    refused, path, choose = 0, tmp_path / "changed.pt", random.Random(0)
+    for _ in range(24):
+        changed = bytearray(whole)
+        changed[choose.randrange(len(whole))] ^= 1 << choose.randrange(8)
+        try:
+            assert same(load_clip(write(path, changed)), expected)
+        except UserError as error:
+            assert "changed.pt" in str(error)
+            refused += 1
+    assert refused > 18  # the rest is padding
+
+
+def test_an_archive_that_was_written_without_checksums_is_read(small, tmp_path):
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save(small, tmp_path / "plain.pt")
+        torch.save({"model": small, "args": argparse.Namespace(lr=0.1)}, tmp_path / "objects.pt")
+    finally:
+        torch.serialization.set_crc32_options(True)
+    for file in "plain.pt", "objects.pt":
+        assert same(load_clip(tmp_path / file), CLIP.from_state_dict(small))
+
+
 @pytest.mark.parametrize("content", [
     b"", b"\0", b"\0" * 1000, b"not weights", b"<!DOCTYPE html><html><body>404: not found</body></html>",
     b'{"error": "Access to model is restricted"}', b'{"data":{"dtype": 1}}', b"\x1f\x8b", gzip.compress(b""),
@@ -483,6 +518,10 @@ def lightning(state):
     return {"pytorch-lightning_version": "2.0", "state_dict": {f"model.{key}": value for key, value in state.items()}}
 
 
+def under(prefix, state):
+    return {prefix + key: value for key, value in state.items()}
+
+
 def training_checkpoint(state):
     weights = {f"module.{key}": value for key, value in state.items()}
     return {"epoch": 32, "name": "a run", "state_dict": weights, "optimizer": {"state": {0: {"step": 3}}}}
@@ -502,6 +541,16 @@ WRAPPED = {
     "a scale in a list": lambda state: state | {"logit_scale": state["logit_scale"].reshape(1)},
     "a CustomTextCLIP in training": lambda state: training_checkpoint(custom_text_clip(state)),
     "transformers in Lightning": lambda state: lightning(to_transformers(state)),
+    "compiled, in a dictionary": lambda state: {"model_state_dict": under("module._orig_mod.", state)},
+    "one tower compiled": lambda state: {key.replace("visual.", "visual._orig_mod."): v for key, v in state.items()},
+    "beside a loss": lambda state: {"state_dict": {"loss.weight": torch.ones(3)} | under("net.clip.", state)},
+    "beside a classifier": lambda state: state | {"classifier.weight": torch.ones(3, 64), "_extra": torch.ones(1)},
+    "transformers beside a loss": lambda state: {"loss.scale": torch.ones(1)} | under("clip.", to_transformers(state)),
+    "deep": lambda state: {"a": {"b": {3: {"c": state}}}, "d": [state]},
+    "with a running mean": lambda state: {"model": state, "model_ema": {key: v + 1 for key, v in state.items()}},
+    "with objects": lambda state: {"model": state, "args": argparse.Namespace(lr=0.1), "best": {"top1": Path("x")},
+                                   "optimizer": torch.optim.SGD([torch.ones(1)], lr=1), "none": torch.zeros(0)},
+    "parameters": lambda state: {key: nn.Parameter(value) for key, value in state.items()},
 }  # fmt: skip
 
 
@@ -541,11 +590,23 @@ def test_a_folder_may_be_given(file, small, tmp_path):
     assert same(load_clip(tmp_path), CLIP.from_state_dict(small))
 
 
-def test_two_prefixes_are_refused(small, tmp_path):
-    both = {f"{name}.{key}": value for name in ("student", "teacher") for key, value in small.items()}
-    torch.save(both, tmp_path / "both.pt")
-    with pytest.raises(UserError, match="both.pt: These are not the weights of a CLIP ViT"):
+@pytest.mark.parametrize("names", [("student.", "teacher."), ("model.student.", "model.teacher."), ("a.", "b.", "c.")])
+def test_several_clips_are_refused(names, small, tmp_path):
+    torch.save({name + key: value for name in names for key, value in small.items()}, tmp_path / "both.pt")
+    with pytest.raises(UserError, match=f"both.pt: These are not .* of several, under {', '.join(names)}: save one"):
         load_clip(tmp_path / "both.pt")
+
+
+@pytest.mark.parametrize("form, left_out", [
+    ("beside a loss", "state_dict.loss"), ("beside a classifier", "classifier, _extra"), ("model", "args"),
+    ("with a running mean", "model_ema"), ("with objects", "args, optimizer, none, best"),
+    ("a training checkpoint", "epoch, name, optimizer"), ("compiled, in a dictionary", None), ("transformers", None),
+])  # fmt: skip
+def test_one_line_says_what_was_left_out(form, left_out, small, tmp_path, capsys):
+    torch.save(WRAPPED[form](small), tmp_path / "weights.pt")
+    load_clip(tmp_path / "weights.pt")
+    expected = f"warning: {tmp_path / 'weights.pt'} holds more than a CLIP, left out: {left_out}\n" if left_out else ""
+    assert capsys.readouterr().err == expected
 
 
 # ---- Activation and heads ----
@@ -687,17 +748,88 @@ def siglip(state):
     return to_transformers(state) | {"vision_model.head.probe": probe, "logit_bias": torch.tensor(-16.0)}
 
 
-OTHERS = {
+def bert(prefix, state):
+    """The image tower of a CLIP, and a BERT under a prefix."""
+    texts = {f"{prefix}embeddings.word_embeddings.weight": torch.zeros(30522, 8),
+             f"{prefix}encoder.layer.0.attention.self.query.weight": torch.zeros(8, 8)}  # fmt: skip
+    towers = "visual", "vision_model", "logit_scale", "text_projection"
+    return texts | {key: value for key, value in state.items() if key.startswith(towers)}
+
+
+def eva(state):
+    without = {key: value for key, value in state.items() if not key.startswith("visual")}
+    return without | {"visual.blocks.0.attn.q_proj.weight": torch.zeros(8, 8), "visual.proj": torch.zeros(8, 8)}
+
+
+def words(number):
+    return lambda state: state | {"token_embedding.weight": torch.zeros(number, 64)}
+
+
+def long_clip(state):
+    return state | {"positional_embedding_res": state["positional_embedding"]}
+
+
+OTHERS = {  # what it is, then a word that tells apart two cases of it
     "a ResNet CLIP": lambda state: state | {"visual.layer1.0.conv1.weight": torch.zeros(8, 8, 1, 1)},
     "a SigLIP": siglip, "a diffusion model": lambda _: {"model.diffusion_model.out.0.weight": torch.zeros(3)},
+    "a diffusion model|with a text tower": lambda state: {"model.diffusion_model.out.0.bias": torch.zeros(3)} | {
+        f"cond_stage_model.{key}": value for key, value in state.items() if not key.startswith("visual")},
     "a SigLIP or another CLIP": lambda state: {"visual.trunk.blocks.0.norm1.weight": torch.zeros(3)},
+    "a Long-CLIP, which has a second table of positions": long_clip,
+    "a Long-CLIP|in Lightning": lambda state: lightning(long_clip(state)),
+    "a Chinese-CLIP": lambda state: training_checkpoint(bert("bert.", state)),
+    "a CLIP with another text tower|transformers": lambda state: bert("text_model.", to_transformers(state)),
+    "a CLIP with another text tower|open_clip": lambda state: bert("text.transformer.", state),
+    "a CLIP with another text tower|T5": lambda state: {
+        "text.transformer.encoder.block.0.layer.0.SelfAttention.q.weight": torch.zeros(8, 8), **bert("text.", state)},
+    "an EVA-CLIP": lambda state: {"model": eva(state)},
+    "a CLIP with another tokenizer, of 901629 words": lambda state: to_transformers(words(901629)(state)),
+    "a CLIP with another tokenizer, of 32000 words": words(32000),
+    "a CoCa": lambda state: state | {"text_decoder.ln_final.weight": torch.zeros(3)},
+    "an Alpha-CLIP": lambda state: state | {"visual.conv1_alpha.weight": torch.zeros(3)},
+    "a CLIP with a LoRA": lambda s: under("base_model.model.", s | {"visual.proj.lora_A.default": torch.zeros(3)}),
+    "an image tower alone": lambda s: {key: v for key, v in to_transformers(s).items() if key.startswith("visi")},
+    "a text tower alone": lambda s: {key: v for key, v in to_transformers(s).items() if key.startswith("text")},
+    "a model of pictures or of texts alone": lambda _: {"model": {"blocks.0.attn.qkv.weight": torch.zeros(3, 3)}},
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", OTHERS)
 def test_other_models_are_called_by_their_kind(kind, small, tmp_path):
     torch.save(OTHERS[kind](small), tmp_path / "other.pt")
-    with pytest.raises(UserError, match=rf"^[^\n]*other.pt: These are the weights of {kind}[^.]*use ViT-B/16\.$"):
+    name = kind.split("|")[0]
+    with pytest.raises(UserError, match=rf"^[^\n]*other.pt: These are the weights of {name}[^.]*use ViT-B/16\.$"):
+        load_clip(tmp_path / "other.pt")
+
+
+def of_dassl(state):
+    """As Dassl saves a part of a trainer: its scheduler holds objects that torch.load refuses."""
+    optimizer = torch.optim.SGD([torch.ones(1, requires_grad=True)], lr=0.002)
+    successor = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 50)
+    return {"state_dict": state, "epoch": 50, "optimizer": optimizer.state_dict(),
+            "scheduler": {"successor": successor, "last_epoch": 50}, "val_result": None}  # fmt: skip
+
+
+PROMPTS = {
+    "CoOp": of_dassl({"ctx": torch.zeros(16, 512), "token_prefix": torch.zeros(3, 1, 512)}),
+    "VPT": of_dassl({"ctx": torch.zeros(12, 8, 768)}), "an adapter": of_dassl({"fc.0.weight": torch.zeros(3)}),
+    "CoCoOp's state dict alone": {"meta_net.linear1.weight": torch.zeros(3, 3)},
+    "a whole model of MaPLe": of_dassl({"prompt_learner.ctx": torch.zeros(2, 512), "logit_scale": torch.ones(()),
+                                        "image_encoder.proj": torch.zeros(3)}),
+    "prompts.pt": {"method": "upt", "classnames": ["cat"], "tensors": {"shared": torch.zeros(3)}},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", PROMPTS)
+def test_learned_prompts_are_called_so(kind, tmp_path):
+    torch.save(PROMPTS[kind], tmp_path / "model.pth.tar-50")
+    with pytest.raises(UserError, match=r"model.pth.tar-50: These are learned prompts and no CLIP: .*--prompts, .*\.$"):
+        load_clip(tmp_path / "model.pth.tar-50")
+
+
+def test_what_nobody_knows_is_told_by_its_keys(tmp_path):
+    torch.save({"fc.weight": torch.zeros(3), "fc.bias": torch.zeros(3)}, tmp_path / "other.pt")
+    with pytest.raises(UserError, match="other.pt: These are not .* no logit_scale .* the file has fc.weight, fc.bias"):
         load_clip(tmp_path / "other.pt")
 
 
@@ -706,8 +838,10 @@ def test_a_bias_that_is_not_0_is_refused(small):
         CLIP.from_state_dict(small | {"logit_bias": torch.tensor(-10.0)})
 
 
-def test_a_pickled_module_is_called_one(tmp_path):
-    torch.save(nn.Sequential(nn.Linear(3, 3)), tmp_path / "module.pt")
+@pytest.mark.parametrize("new", [True, False])
+@pytest.mark.parametrize("wrap", [lambda module: module, lambda module: {"epoch": 3, "model": module}])
+def test_a_pickled_module_is_called_one(wrap, new, tmp_path):
+    torch.save(wrap(nn.Sequential(nn.Linear(3, 3))), tmp_path / "module.pt", _use_new_zipfile_serialization=new)
     with pytest.raises(UserError, match=r"module.pt: This looks like a pickled module.*Sequential.*state_dict\(\)"):
         load_clip(tmp_path / "module.pt")
 
@@ -1212,19 +1346,24 @@ def test_the_real_package_fetches_once_and_then_works_offline(server, file_of, t
         place = f"/laion/CLIP-B/resolve/{revision}"
         server.files[f"{place}/open_clip_config.json"] = answer_with(config)
         server.files[f"{place}/open_clip_pytorch_model.bin"] = answer_with(file_of["state_dict"])
-    program = ("from clip_min import load_clip; clip = load_clip('laion/CLIP-B'); "
+    program = ("import sys; from clip_min import load_clip; clip = load_clip('laion/CLIP-B'); "
                "print(clip.activation, clip.visual.blocks[0].attn.heads)")  # fmt: skip
+    without = program.replace("import sys;", "import sys; sys.modules['huggingface_hub'] = None;")
     environment = os.environ | dict(HOME=str(tmp_path), HF_ENDPOINT=server.url, HF_HUB_DISABLE_TELEMETRY="1",
                                     PYTHONPATH=os.pathsep.join(["", *sys.path]))  # fmt: skip
-    for name in "HF_HOME", "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "XDG_CACHE_HOME":
+    for name in HUB_VARIABLES:
         environment.pop(name, None)
-    for offline in "0", "1":
-        done = subprocess.run([sys.executable, "-c", program], env=environment | {"HF_HUB_OFFLINE": offline},
-                              capture_output=True, text=True)  # fmt: skip
+
+    def ask(program, **variables):
+        return subprocess.run([sys.executable, "-c", program], env=environment | variables, capture_output=True,
+                              text=True)  # fmt: skip
+
+    for words, offline in (program, "0"), (program, "1"), (without, "1"):  # the last reads the cache of the first
+        done = ask(words, HF_HUB_OFFLINE=offline)
         assert done.stdout.split() == ["gelu", "4"], done.stderr
         server.files = {}
-    done = subprocess.run([sys.executable, "-c", program.replace("laion", "other")], env=environment,
-                          capture_output=True, text=True)  # fmt: skip
+    assert re.search("UserError: other/CLIP-B on the hub has none of", ask(program.replace("laion", "other")).stderr)
+    done = ask(program.replace("laion", "other"), HF_HUB_OFFLINE="1")
     assert re.search("UserError: huggingface_hub could not fetch other/CLIP-B [^\n]*by hand", done.stderr)
 
 
