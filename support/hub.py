@@ -44,7 +44,11 @@ def find_weights(name, check):
         if place.is_file():
             return place
     if path.is_dir():
-        kind = "is a diffusion pipeline" if (path / "model_index.json").exists() else "has no weights of a CLIP"
+        kind = "has no weights of a CLIP"
+        if (path / "model_index.json").exists():
+            kind = "is a diffusion pipeline"
+        elif any(path.glob("*.index.json")):
+            kind = "has its weights in several files, which are not read together"
         raise UserError(f"The folder {path} {kind}: give one with {' or '.join(CONFIGURATIONS)}.")
     if not re.fullmatch(r"(?!ViT-)[\w-]+/[\w.-]+", repositories[0]) or path.suffix in (".pt", ".bin", ".safetensors"):
         raise UserError(f"There is no weights file {path}: give one, or a name of tiny, {', '.join(OPENAI_MODELS)}, or "
@@ -132,10 +136,10 @@ def look_up(repository, file):
     folder = Path(cache).expanduser() / f"models--{repository.replace('/', '--')}"
     try:
         commit = (folder / "refs" / "main").read_text("utf-8").strip()
-    except (OSError, ValueError):  # it is not there, or no text
+        found = folder / "snapshots" / commit / file
+        return found if found.is_file() else None
+    except (OSError, ValueError):  # it is not there, no text, or somebody else's
         return None
-    found = folder / "snapshots" / commit / file
-    return found if found.is_file() else None
 
 
 def fetch(repository, configuration, file, check):

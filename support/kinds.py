@@ -1,7 +1,7 @@
 """What a file of weights holds: the CLIP in it, in whatever company, or else the name of what it is instead.
 
-support/weights.py calls find_clip() with what it has read from a file. A CLIP is the set of keys around a logit_scale.
-Whatever else is a UserError, one sentence that says what it is and what to do.
+support/weights.py calls require_known_form() before it reads a file, and find_clip() with what it has read. A CLIP is
+the set of keys around a logit_scale. Whatever else is a UserError, one sentence that says what it is and what to do.
 """
 
 import re
@@ -17,9 +17,11 @@ PARTS = (  # what the keys of a CLIP begin with, in OpenAI's form, open_clip's C
     "logit_scale", "logit_bias", "input_resolution", "context_length", "vocab_size", "text.", "vision_model.",
     "text_model.", "visual_projection.",
 )
+OF_OTHERS = "bert.", "text_decoder."  # what else makes the keys around a logit_scale those of another model
 WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}  # PyTorch's, in any place
 USUAL = "state_dict", "model", "model_state_dict"  # the dictionary to be taken where another has a copy, such as an EMA
 
+IMAGE_TOWER, TEXT_TOWER = r"(^|\.)(vision_model|visual)\.", r"(^|\.)(text_model|token_embedding)\."
 OTHER_TOWER = "a CLIP with another text tower, such as BERT or T5"
 LOOKALIKES = {  # what the keys of other models contain, behind the prefix of the logit_scale if there is one
     r"(^|\.)visual\.layer1\.": "a ResNet CLIP",
@@ -28,6 +30,7 @@ LOOKALIKES = {  # what the keys of other models contain, behind the prefix of th
     r"diffusion_model\.|down_blocks\.": "a diffusion model",
     r"position(al)?_embedding_res": "a Long-CLIP, which has a second table of positions (positional_embedding_res)",
     r"conv1_alpha": "an Alpha-CLIP, which reads a mask beside the picture",
+    r"\.(SCB|weight_format|qweight|absmax)$": "a quantised CLIP",
     r"(^|\.)lora_[AB]\.": "a CLIP with a LoRA that is not merged into it (peft's merge_and_unload() does that)",
     r"^bert\.": "a Chinese-CLIP, whose text tower is a BERT with its own vocabulary",
     r"(^|\.)(word_embeddings|roberta|text\.transformer\.(embeddings|encoder|shared))\.": OTHER_TOWER,
@@ -36,12 +39,25 @@ LOOKALIKES = {  # what the keys of other models contain, behind the prefix of th
         "an EVA-CLIP or another CLIP with an image tower other than OpenAI's",
 }
 WITHOUT_SCALE = LOOKALIKES | {  # what else it may be where there is no logit_scale between two towers
-    r"(^|\.)(text_model|token_embedding)\.": "a text tower alone",
-    r"(^|\.)(vision_model|visual)\.": "an image tower alone",
+    TEXT_TOWER: "a text tower alone", IMAGE_TOWER: "an image tower alone",
     r"(^|\.)(blocks\.\d+\.attn\.qkv|layer1\.0\.conv1|encoder\.layer\.0)\.": "a model of pictures or of texts alone",
+}
+OTHER_FORMS = {  # how other files begin
+    b"GGUF": "a file for llama.cpp (GGUF): give the model's safetensors or PyTorch file",
+    b"\x89HDF": "a file for TensorFlow (HDF5): give the model's safetensors or PyTorch file",
+    b"version https://git-lfs": "git-lfs's pointer to a file, and not the file: git lfs pull fetches it",
 }
 OTHER_VOCABULARIES = (21128, 30522, 32000, 32100, 32128)  # BERT's and T5's; multilingual ones are larger than CLIP's
 LARGEST_VOCABULARY = 50_000  # CLIP's has 49,408 words; a training may have added some
+
+
+def require_known_form(path):
+    """UserError if the file begins as one of another program's."""
+    with open(path, "rb") as file:
+        start = file.read(100)
+    for beginning, form in OTHER_FORMS.items():
+        if start.startswith(beginning):
+            raise UserError(f"This is {form}.")
 
 
 def find_clip(content):
@@ -56,8 +72,8 @@ def find_clip(content):
         raise UserError("These are not the weights of a CLIP ViT: they are those of several, under "
                         f"{shortened(prefixes)}: save one.")
     prefix, state, left_out = prefixes[0], {}, {}
-    of_clip = [key.removeprefix(prefix) for key in leaves if key.startswith(prefix)]
-    kind = look_alike(of_clip, LOOKALIKES)
+    names = [key.removeprefix(prefix) for key in leaves if key.startswith(prefix)]
+    kind = look_alike([name for name in names if name.startswith(PARTS + OF_OTHERS)], LOOKALIKES)
     if kind:
         raise UserError(kind)
     for key, leaf in leaves.items():
@@ -135,6 +151,9 @@ def what_it_is(content, leaves):
     tensors = [key for key, leaf in leaves.items() if isinstance(leaf, torch.Tensor)]
     if stand_ins and not tensors:
         return str(pickled(stand_ins[0]))
+    if all(any(re.search(tower, key) for key in leaves) for tower in (IMAGE_TOWER, TEXT_TOWER)):
+        return look_alike(leaves, LOOKALIKES) or (
+            "These are the weights of a CLIP without its logit_scale: save the whole model's state_dict().")
     return look_alike(leaves, WITHOUT_SCALE) or (
         "These are not the weights of a CLIP ViT: no logit_scale stands beside the keys of an image tower, which begin "
         f"with visual or vision_model, and the file has {shortened(tensors) or 'no tensors'}.")

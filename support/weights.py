@@ -15,7 +15,7 @@ from support.archives import is_torchscript, load_foreign
 from support.downloads import MachineError
 from support.folders import shortened, warn
 from support.hub import find_weights
-from support.kinds import find_clip
+from support.kinds import find_clip, require_known_form
 
 
 def load(name, activation=None):
@@ -95,6 +95,7 @@ def read_state(path):
             return read_safetensors(file)
     if start[8:] == b"{" or is_torchscript(path):  # safetensors, or OpenAI's archives
         return read_weights(path)
+    require_known_form(path)
     return load_foreign(path)
 
 

@@ -473,8 +473,15 @@ def test_an_archive_that_was_written_without_checksums_is_read(small, tmp_path):
     (2**62).to_bytes(8, "little") + b"{}", b"\x89PNG\r\n\x1a\n{",
 ], ids=lambda content: ascii(content[:12]))  # fmt: skip
 def test_what_is_not_weights_is_refused(content, tmp_path):
-    with pytest.raises(UserError, match="page is not a whole weights file|not the weights of a CLIP ViT"):
+    with pytest.raises(UserError, match="page is not a whole weights file|not the weights of a CLIP ViT|page: This is"):
         load_clip(write(tmp_path / "page", content))
+
+
+@pytest.mark.parametrize("start, form", [(b"GGUF\3\0\0\0", "llama.cpp"), (b"\x89HDF\r\n\x1a\n", "TensorFlow"),
+                                         (b"version https://git-lfs.github.com/spec/v1\noid sha256:", "git lfs pull")])
+def test_files_of_other_programs_are_called_so(start, form, tmp_path):
+    with pytest.raises(UserError, match=rf"^{tmp_path / 'model'}: This is [^\n]*{form}[^\n]*\.$"):
+        load_clip(write(tmp_path / "model", start + bytes(200)))
 
 
 @pytest.mark.parametrize("content", [
@@ -546,6 +553,7 @@ WRAPPED = {
     "beside a loss": lambda state: {"state_dict": {"loss.weight": torch.ones(3)} | under("net.clip.", state)},
     "beside a classifier": lambda state: state | {"classifier.weight": torch.ones(3, 64), "_extra": torch.ones(1)},
     "transformers beside a loss": lambda state: {"loss.scale": torch.ones(1)} | under("clip.", to_transformers(state)),
+    "beside another model": lambda state: state | {"teacher.visual.trunk.norm.weight": torch.ones(3)},
     "deep": lambda state: {"a": {"b": {3: {"c": state}}}, "d": [state]},
     "with a running mean": lambda state: {"model": state, "model_ema": {key: v + 1 for key, v in state.items()}},
     "with objects": lambda state: {"model": state, "args": argparse.Namespace(lr=0.1), "best": {"top1": Path("x")},
@@ -788,6 +796,7 @@ OTHERS = {  # what it is, then a word that tells apart two cases of it
     "a CoCa": lambda state: state | {"text_decoder.ln_final.weight": torch.zeros(3)},
     "an Alpha-CLIP": lambda state: state | {"visual.conv1_alpha.weight": torch.zeros(3)},
     "a CLIP with a LoRA": lambda s: under("base_model.model.", s | {"visual.proj.lora_A.default": torch.zeros(3)}),
+    "a quantised CLIP": lambda s: s | {"transformer.resblocks.0.mlp.c_fc.SCB": torch.zeros(3)},
     "an image tower alone": lambda s: {key: v for key, v in to_transformers(s).items() if key.startswith("visi")},
     "a text tower alone": lambda s: {key: v for key, v in to_transformers(s).items() if key.startswith("text")},
     "a model of pictures or of texts alone": lambda _: {"model": {"blocks.0.attn.qkv.weight": torch.zeros(3, 3)}},
@@ -827,6 +836,12 @@ def test_learned_prompts_are_called_so(kind, tmp_path):
         load_clip(tmp_path / "model.pth.tar-50")
 
 
+def test_a_clip_without_its_scale_is_called_so(small, tmp_path):
+    torch.save({key: value for key, value in small.items() if key != "logit_scale"}, tmp_path / "other.pt")
+    with pytest.raises(UserError, match="other.pt: These are the weights of a CLIP without its logit_scale"):
+        load_clip(tmp_path / "other.pt")
+
+
 def test_what_nobody_knows_is_told_by_its_keys(tmp_path):
     torch.save({"fc.weight": torch.zeros(3), "fc.bias": torch.zeros(3)}, tmp_path / "other.pt")
     with pytest.raises(UserError, match="other.pt: These are not .* no logit_scale .* the file has fc.weight, fc.bias"):
@@ -848,6 +863,9 @@ def test_a_pickled_module_is_called_one(wrap, new, tmp_path):
 
 def test_a_folder_without_weights_and_a_diffusion_pipeline_are_told_apart(tmp_path):
     with pytest.raises(UserError, match=f"{re.escape(str(tmp_path))} has no weights.*open_clip_model.safetensors"):
+        load_clip(tmp_path)
+    write(tmp_path / "model.safetensors.index.json", b"{}")
+    with pytest.raises(UserError, match=f"{re.escape(str(tmp_path))} has its weights in several files"):
         load_clip(tmp_path)
     write(tmp_path / "model_index.json", b"{}")
     with pytest.raises(UserError, match=f"{re.escape(str(tmp_path))} is a diffusion pipeline"):
