@@ -10,13 +10,13 @@ import math
 import sqlite3
 import tempfile
 import time
-import zipfile
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
 
 from clip_min import UserError
+from support.archives import load_tensors
 from support.files import clear_leftovers
 from support.machine import agree
 from support.settings import Settings
@@ -235,15 +235,6 @@ def make_folder(folder):
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{folder} cannot be made ({error.strerror}): choose another --out.") from error
-
-
-def load_tensors(path):
-    """A file that torch.save wrote. torch.load does not test the checksums of its archive, so that is done here."""
-    with zipfile.ZipFile(path) as archive:
-        damaged = archive.testzip()
-        if damaged:
-            raise ValueError(f"{damaged} is damaged")
-    return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def read_prompts(folder):

@@ -14,7 +14,7 @@ from pathlib import Path
 import data
 from clip_min import UserError
 from support.benchmarks import spell
-from support.weights import OPENAI_MODELS, dashes
+from support.hub import OPENAI_MODELS, dashes
 from support.world import WORLD
 
 RECIPE_FLAGS = ("epochs", "lr", "warmup_epochs", "batch_size")  # they override the recipe

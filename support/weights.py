@@ -1,80 +1,30 @@
-"""Every other form of CLIP weights: names, the hub, and files in the keys of open_clip, transformers or a training.
+"""Every other form of CLIP weights: files in the keys of open_clip, transformers or a training, wherever they lie.
 
-clip_min.load_clip() calls load(). A file is fetched whole or not at all, nothing in it is run, and every fault ends in
-one sentence that names it and says what to do.
+clip_min.load_clip() calls load(). support/hub.py finds the file of a name, and support/kinds.py knows what is no CLIP.
+Nothing in a file is run, and every fault ends in one sentence that names it and says what to do.
 """
 
 import gzip
 import json
-import re
 from contextlib import contextmanager
-from pathlib import Path
 
 import torch
 
-from clip_min import ACTIVATIONS, ASSETS, CLIP, UserError, read_safetensors, read_weights
-from support.downloads import MachineError, download
-
-HUB = "https://huggingface.co/{}/resolve/main/{}"
-OPENAI_MODELS = {  # the repositories from which open_clip takes OpenAI's weights
-    "ViT-B/32": "timm/vit_base_patch32_clip_224.openai", "ViT-B/16": "timm/vit_base_patch16_clip_224.openai",
-    "ViT-L/14": "timm/vit_large_patch14_clip_224.openai", "ViT-L/14@336px": "timm/vit_large_patch14_clip_336.openai",
-}
-CONFIGURATIONS = {  # of the weights files that folders and repositories have: open_clip's, then transformers'
-    "open_clip_model.safetensors": "open_clip_config.json", "open_clip_pytorch_model.bin": "open_clip_config.json",
-    "model.safetensors": "config.json", "pytorch_model.bin": "config.json",
-}
+from clip_min import ACTIVATIONS, CLIP, UserError, read_safetensors, read_weights
+from support.archives import is_torchscript, load_foreign
+from support.downloads import MachineError
+from support.folders import shortened, warn
+from support.hub import find_weights
+from support.kinds import find_clip, require_known_form
 
 
 def load(name, activation=None):
     """-> CLIP. load_clip tells what a name may be, and what activation None means."""
-    return read_clip(find_weights(name), activation)
-
-
-# ---- From a name to a file ----
-
-
-def find_weights(name):
-    """The weights file that a name, a folder or a path means. What a name means is fetched at first use."""
-    if name == "tiny":
-        return ASSETS / "tiny_clip.safetensors.gz"
-    path, cache, dashed = Path(name).expanduser(), Path.home() / ".cache" / "clip", dashes(name)
-    repository = {dashes(model): repository for model, repository in OPENAI_MODELS.items()}.get(dashed, name)
-    places = [path, cache / f"{dashed}.pt", cache / f"{dashed}.safetensors"]  # OpenAI's package uses the second
-    for place in places + [folder / file for folder in (path, cache / repository) for file in CONFIGURATIONS]:
-        if place.is_file():
-            return place
-    if path.is_dir():
-        kind = "is a diffusion pipeline" if (path / "model_index.json").exists() else "has no weights of a CLIP"
-        raise UserError(f"The folder {path} {kind}: give one with {' or '.join(CONFIGURATIONS)}.")
-    if not re.fullmatch(r"(?!ViT-)[\w-]+/[\w.-]+", repository) or path.suffix in (".pt", ".bin", ".safetensors"):
-        raise UserError(f"There is no weights file {path}: give one, or a name of tiny, {', '.join(OPENAI_MODELS)}, or "
-                        "owner/name of a CLIP on huggingface.co.")
-    fetch = download_weights if repository in OPENAI_MODELS.values() else fetch_with_huggingface_hub
-    found = fetch(repository, cache / repository)
-    if found is None:
-        raise UserError(f"{repository} on the hub has none of {', '.join(CONFIGURATIONS)}: name another.")
-    return found
-
-
-def dashes(name):  # ViT-L/14@336px -> ViT-L-14-336px
-    return name.replace("/", "-").replace("@", "-")
-
-
-def download_weights(repository, folder, advice=""):
-    """Put a repository's weights file and its configuration into folder -> the file, or None if there is none.
-
-    advice: what else a user may do where that fails.
-    """
-    for file, configuration in CONFIGURATIONS.items():
-        try:
-            for wanted in configuration, file:
-                download(HUB.format(repository, wanted), folder / wanted, check=check_whole)
-            return folder / file
-        except UserError as error:
-            if getattr(error.__cause__, "code", None) != 404:  # 404: the repository does not have this file
-                raise UserError(f"{str(error).removesuffix('.')}{advice}.") from error
-    return None
+    path = find_weights(name, check_whole)
+    clip, left_out = read_clip(path, activation)
+    if left_out:
+        warn(f"{path} holds more than a CLIP, left out: {shortened(left_out)}")
+    return clip
 
 
 def check_whole(path):
@@ -85,49 +35,22 @@ def check_whole(path):
         read_clip(path)
 
 
-def fetch_with_huggingface_hub(repository, folder):
-    """The same, into the cache of that package: it knows mirrors, tokens and offline mode, and resumes a download.
-
-    Where it is not installed our own download has to do, and an error names the package.
-    """
-    try:
-        from huggingface_hub import hf_hub_download
-        from huggingface_hub.utils import EntryNotFoundError, LocalEntryNotFoundError
-    except ImportError:
-        advice = "; pip install huggingface_hub brings its cache, mirrors, tokens and resume"
-        return download_weights(repository, folder, advice)
-    fault = None
-    for file, configuration in CONFIGURATIONS.items():
-        try:
-            snapshot = Path(hf_hub_download(repository, configuration)).parent  # named after its commit
-            return Path(hf_hub_download(repository, file, revision=snapshot.name))
-        except Exception as error:  # without a network the cache may still have another of the files
-            if not isinstance(error, EntryNotFoundError) or isinstance(error, LocalEntryNotFoundError):
-                fault = error
-    if fault:
-        detail = " ".join(str(fault).split())[:300]
-        raise UserError(f"huggingface_hub could not fetch {repository} ({detail}): try again, or put its files into "
-                        f"{folder} by hand.") from fault
-    return None
-
-
 # ---- From a file to a CLIP ----
 
 
 def read_clip(path, activation=None):
-    """The CLIP of a weights file, with the configuration beside it. UserError, or MachineError, names the file."""
+    """A weights file, with the configuration beside it -> its CLIP, and the names of what was left out.
+
+    UserError, or MachineError, names the file.
+    """
     with named_faults(path, " is not a whole weights file ({}): download it again."):
-        state = read_state(path)
+        content = read_state(path)
     with named_faults(path, ": These are not the weights of a CLIP ViT: {}."):
-        state = openai_keys(state)
-        for part, model in LOOKALIKES.items():
-            if any(part in key for key in state):
-                raise UserError(f"These are the weights of {model}, and only CLIPs with a ViT are supported: use "
-                                "ViT-B/16.")
+        state, left_out = find_clip(content)
         configuration = read_configuration(path.parent)
         if activation:
             configuration["activation"] = activation
-        return build_clip(state, **configuration)
+        return build_clip(openai_keys(state), **configuration), left_out
 
 
 def build_clip(state, activation="quickgelu", vision_heads=None, text_heads=None):
@@ -160,20 +83,20 @@ def named_faults(path, verdict):
         if lacks_memory or getattr(error, "errno", None):
             detail = f"{type(error).__name__}, {detail}"
             raise MachineError(f"{path} cannot be read on this machine ({detail}): the file is kept.") from error
-        refused = re.search(r"GLOBAL (\S+)", str(error))  # what torch.load calls anything but tensors
-        if refused:
-            raise UserError(f"{path} looks like a pickled module, it asks for {refused[1]}, and nothing of a file is "
-                            "run: save the module's state_dict() where it was made.") from error
         raise UserError(str(path) + verdict.format(detail.rstrip("."))) from error
 
 
 def read_state(path):
-    """As clip_min.read_weights, and gzipped safetensors."""
+    """What the file holds, in any of its forms: in most cases {key: tensor}. See load_foreign()."""
     with open(path, "rb") as file:
-        if file.read(2) != b"\x1f\x8b":
-            return read_weights(path)
-    with gzip.open(path) as file:
-        return read_safetensors(file)
+        start = file.read(9)
+    if start[:2] == b"\x1f\x8b":
+        with gzip.open(path) as file:
+            return read_safetensors(file)
+    if start[8:] == b"{" or is_torchscript(path):  # safetensors, or OpenAI's archives
+        return read_weights(path)
+    require_known_form(path)
+    return load_foreign(path)
 
 
 def read_configuration(folder):
@@ -215,10 +138,6 @@ def checked(activation, vision_heads, text_heads):
     return dict(activation=activation, vision_heads=vision_heads, text_heads=text_heads)
 
 
-LOOKALIKES = {  # what the keys of other models contain
-    "visual.layer1.": "a ResNet CLIP", "visual.trunk.": "a SigLIP or another CLIP with an image tower of timm's",
-    "vision_model.head.": "a SigLIP", "diffusion_model.": "a diffusion model", "down_blocks.": "a diffusion model",
-}
 TRANSFORMERS_NAMES = {  # parts of the keys in transformers -> OpenAI's
     "text_model.embeddings.token_embedding": "token_embedding",
     "text_model.embeddings.position_embedding.weight": "positional_embedding",
@@ -238,12 +157,7 @@ TRANSFORMERS_NAMES = {  # parts of the keys in transformers -> OpenAI's
 
 
 def openai_keys(state):
-    """Any form of state dict or training checkpoint -> OpenAI's keys; what is not known keeps its key."""
-    for wrapper in "state_dict", "model":  # the weights in a checkpoint of open_clip, Lightning or others
-        if isinstance(state.get(wrapper), dict):
-            state = state[wrapper]
-    common = next((key for key in state if key.endswith("logit_scale")), "").removesuffix("logit_scale")  # "module."
-    state = {key.removeprefix(common): tensor for key, tensor in state.items()}
+    """A CLIP's keys in any form -> OpenAI's; what is not known keeps its key."""
     if "text.token_embedding.weight" in state:  # open_clip's CustomTextCLIP
         state = {key.removeprefix("text."): tensor for key, tensor in state.items()}
     if "text_model.embeddings.token_embedding.weight" in state:
