@@ -159,7 +159,7 @@ def fetch(repository, configuration, file, check):
     for wanted in configuration, file:
         try:
             download(f"{endpoint}/{repository}/resolve/{revision}/{wanted}", folder / wanted, check=check,
-                     token=os.environ.get("HF_TOKEN"))
+                     token=os.environ.get("HF_TOKEN", "").strip())
         except UserError as error:
             code = getattr(error.__cause__, "code", None)
             if code == 404:

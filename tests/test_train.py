@@ -1095,7 +1095,7 @@ def test_prompts_that_the_machine_cannot_read_are_not_called_broken(tmp_path, mo
     def denied(*_, **__):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(runs.zipfile, "ZipFile", denied)
+    monkeypatch.setattr("zipfile.ZipFile", denied)
     message = refusal(tmp_path)
     assert str(tmp_path / "prompts.pt") in message and "Permission denied" in message and "train again" not in message
 

@@ -1320,7 +1320,7 @@ def test_offline_nothing_is_fetched_and_one_sentence_says_what_lacks(value, usua
 
 
 def test_the_token_goes_to_the_hub_and_not_where_it_redirects_to(hub, file_of, monkeypatch):
-    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    monkeypatch.setenv("HF_TOKEN", "hf_secret\n")
     elsewhere, seen = Server(), []
 
     def answer(content):
