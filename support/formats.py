@@ -1,0 +1,57 @@
+"""Which files are pictures, and what to do with one that Pillow cannot open.
+
+support/folders.py and report.py choose files by SUFFIXES, and support/pictures.py calls remedy(). A phone's .heic is
+read where pillow-heif is installed; where it is not, every sentence that leaves one out names the package.
+"""
+
+from contextlib import suppress
+from pathlib import Path
+
+from PIL import Image, TiffImagePlugin
+
+HEIF = (".heic", ".heif", ".hif")
+SAMPLES_PER_PIXEL, BITS_PER_SAMPLE = 277, 258  # tags of a TIFF
+
+
+def read_by_pillow_heif():
+    """-> HEIF where pillow-heif is installed, which from then on opens these files for Pillow; else ()."""
+    try:
+        from pillow_heif import register_heif_opener
+    except ImportError:
+        return ()
+    register_heif_opener()
+    return HEIF
+
+
+SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".jp2")
+SUFFIXES += (".avif",) if ".avif" in Image.registered_extensions() else ()  # not in every Pillow
+SUFFIXES += read_by_pillow_heif()
+
+
+def hint(names):
+    """-> for the sentence that leaves out these files: how phones' pictures among them are read, or ""."""
+    phones = any(name.lower().endswith(HEIF) and not name.lower().endswith(SUFFIXES) for name in names)
+    return " (pip install pillow-heif to read phones' .heic)" if phones else ""
+
+
+def remedy(path):
+    """-> what to do with a file that Pillow could not open as a picture."""
+    if hint([str(path)]):
+        return "pip install pillow-heif, which reads it, or save it as .jpg"
+    bands, bits = tiff_bands(path)
+    if bands > 1 and (bands, bits) not in ((3, 8), (4, 8)):
+        return f"it has {bands} bands of {bits} bits, save three of them as red, green and blue with 8 bits each"
+    return "replace it"
+
+
+def tiff_bands(path):
+    """-> how many bands a TIFF file says that it has, and the bits of one; of any other file (0, 0)."""
+    with suppress(Exception), Path(path).open("rb") as file:  # any file can have the name
+        head = file.read(8)
+        if 43 in head[2:4]:  # a BigTIFF, whose head is longer
+            head += file.read(8)
+        tags = TiffImagePlugin.ImageFileDirectory_v2(head)
+        file.seek(tags.next)
+        tags.load(file)
+        return tags.get(SAMPLES_PER_PIXEL, 1), tags.get(BITS_PER_SAMPLE, (1,))[0]
+    return 0, 0
