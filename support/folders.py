@@ -17,7 +17,7 @@ from torch.utils.data import get_worker_info
 
 from clip_min import UserError
 from support.files import readable
-from support.formats import SUFFIXES, hint
+from support.formats import ADVICE, SUFFIXES, needs_pillow_heif
 
 OF_SYSTEMS = ("__MACOSX", "@eaDir", "#recycle", "$RECYCLE.BIN", "lost+found", "Thumbs.db", "desktop.ini")
 SPELLINGS = {"train": ("train", "training"), "val": ("val", "valid", "validation"), "test": ("test", "testing")}
@@ -81,18 +81,19 @@ def class_folders(folder, may_be_empty=False):
         raise UserError(f"{folder} has {len(stray)} pictures and no class folders: put the pictures of each class into "
                         f"a folder of its own, name their classes in {folder / 'labels.csv'} or, if this is one of the "
                         f"class folders, give {folder.parent}")
-    classes, left_out, unread = {}, Counter({"beside the class folders": len(stray)}), ""
+    classes, left_out, unread = {}, Counter({"beside the class folders": len(stray)}), False
     for name in folders:
         inner, pictures, others = contents(folder / name)
         if not pictures and (inner or not may_be_empty):
-            advice = f"if {shortened(inner)} are classes, give {folder / name}" if inner else "add some or remove it"
-            raise UserError(f"{folder / name} has no pictures ({' '.join(SUFFIXES)}){hint(others)}: {advice}")
+            advice = ADVICE if needs_pillow_heif(others) else "add some or remove it"
+            advice = f"if {shortened(inner)} are classes, give {folder / name}" if inner else advice
+            raise UserError(f"{folder / name} has no pictures ({' '.join(SUFFIXES)}): {advice}")
         classes[name] = [f"{name}/{picture}" for picture in pictures]
         left_out += Counter(["folders" for _ in inner] + [Path(other).suffix.lower() or "files" for other in others])
-        unread = unread or hint(others)
+        unread = unread or needs_pillow_heif(others)
     if left_out:
         kinds = shortened([f"{count} {kind}" for kind, count in left_out.most_common()])
-        warn(f"left out in {folder}: {kinds}{unread}")
+        warn(f"left out in {folder}: {kinds}" + (f" ({ADVICE})" if unread else ""))
     return classes
 
 
@@ -128,9 +129,8 @@ def pictures_below(folder, around=()):
     folder, around = Path(folder), (*around, os.path.realpath(folder))
     with readable(folder):
         folders, files, broken = entries(folder)
-    unread = hint(files)
-    if unread:
-        warn(f"left out in {folder}: .heic{unread}")
+    if needs_pillow_heif(files):
+        warn(f"pictures are left out in {folder}: {ADVICE}")
     found = [folder / name for name in files if name.lower().endswith(SUFFIXES)] + [folder / name for name in broken]
     for name in folders:
         if os.path.realpath(folder / name) not in around:

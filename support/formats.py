@@ -1,16 +1,20 @@
 """Which files are pictures, and what to do with one that Pillow cannot open.
 
-support/folders.py and report.py choose files by SUFFIXES, and support/pictures.py calls remedy(). A phone's .heic is
+support/folders.py and report.py choose files by SUFFIXES; support/pictures.py calls remedy(). A phone's .heic is
 read where pillow-heif is installed; where it is not, every sentence that leaves one out names the package.
 """
 
+import logging
+import warnings
 from contextlib import suppress
 from pathlib import Path
 
 from PIL import Image, TiffImagePlugin
 
+ADVICE = "pip install pillow-heif to read .heic"
 HEIF = (".heic", ".heif", ".hif")
 SAMPLES_PER_PIXEL, BITS_PER_SAMPLE = 277, 258  # tags of a TIFF
+logging.getLogger(TiffImagePlugin.__name__).addHandler(logging.NullHandler())  # else a line that names no picture
 
 
 def read_by_pillow_heif():
@@ -28,16 +32,16 @@ SUFFIXES += (".avif",) if ".avif" in Image.registered_extensions() else ()  # no
 SUFFIXES += read_by_pillow_heif()
 
 
-def hint(names):
-    """-> for the sentence that leaves out these files: how phones' pictures among them are read, or ""."""
-    phones = any(name.lower().endswith(HEIF) and not name.lower().endswith(SUFFIXES) for name in names)
-    return " (pip install pillow-heif to read phones' .heic)" if phones else ""
+def needs_pillow_heif(names):
+    """Whether phones' pictures are among the files that are not read, which ADVICE helps."""
+    unread = [name for name in names if not name.lower().endswith(SUFFIXES)]
+    return any(name.lower().endswith(HEIF) for name in unread)
 
 
 def remedy(path):
     """-> what to do with a file that Pillow could not open as a picture."""
-    if hint([str(path)]):
-        return "pip install pillow-heif, which reads it, or save it as .jpg"
+    if needs_pillow_heif([str(path)]):
+        return f"{ADVICE}, or save it as .jpg"
     bands, bits = tiff_bands(path)
     if bands > 1 and (bands, bits) not in ((3, 8), (4, 8)):
         return f"it has {bands} bands of {bits} bits, save three of them as red, green and blue with 8 bits each"
@@ -46,9 +50,10 @@ def remedy(path):
 
 def tiff_bands(path):
     """-> how many bands a TIFF file says that it has, and the bits of one; of any other file (0, 0)."""
-    with suppress(Exception), Path(path).open("rb") as file:  # any file can have the name
+    with suppress(Exception), warnings.catch_warnings(), Path(path).open("rb") as file:  # any file can have the name
+        warnings.simplefilter("ignore")
         head = file.read(8)
-        if 43 in head[2:4]:  # a BigTIFF, whose head is longer
+        if head[2] == 43:  # a BigTIFF, whose head is longer
             head += file.read(8)
         tags = TiffImagePlugin.ImageFileDirectory_v2(head)
         file.seek(tags.next)

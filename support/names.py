@@ -36,8 +36,8 @@ def readable_names(names, where):
     names = [imagenet_names().get(name, name) for name in names]
     empty = [name for name in names if is_without_meaning(name)]
     if empty:
-        warn(f"to CLIP, which reads class names as text, names such as {', '.join(empty[:3])} mean nothing: give the "
-             f"classes others in {where}")
+        warn(f"to CLIP, which reads class names as text, names such as {', '.join(empty[:3])} may say nothing: give "
+             f"the classes others in {where}")
     return names
 
 

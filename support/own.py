@@ -13,7 +13,7 @@ do.
 
 from clip_min import UserError
 from support.folders import SPELLINGS, contents, divide, read_subsets, shortened, warn
-from support.lists import LISTS, read_labels, read_split
+from support.lists import LISTS, SUBSETS, read_labels, read_split
 from support.names import read_classnames, readable_names
 
 
@@ -30,8 +30,9 @@ def read_folder(folder, whole=False):
     if len(lists) > 1:
         raise UserError(f"{folder} has the lists {' and '.join(lists)}: keep one")
     if lists:
-        if len(folders) > 1:
-            warn(f"the classes of {folder} are those of {lists[0]}, not its folders {shortened(folders)}")
+        others = [name for name in folders if name.lower() not in SUBSETS]
+        if len(others) > 1:
+            warn(f"the classes of {folder} are those of {lists[0]}, not its folders {shortened(others)}")
         split, classes = read_labels(folder / lists[0], whole)
     else:
         split, classes = read_class_folders(folder, find_subsets(folder, whole), whole)
