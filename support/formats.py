@@ -58,5 +58,5 @@ def tiff_bands(path):
         tags = TiffImagePlugin.ImageFileDirectory_v2(head)
         file.seek(tags.next)
         tags.load(file)
-        return tags.get(SAMPLES_PER_PIXEL, 1), tags.get(BITS_PER_SAMPLE, (1,))[0]
+        return int(tags.get(SAMPLES_PER_PIXEL, 1)), int(tags.get(BITS_PER_SAMPLE, (1,))[0])
     return 0, 0
