@@ -86,7 +86,8 @@ def class_folders(folder, may_be_empty=False):
         inner, pictures, others = contents(folder / name)
         if not pictures and (inner or not may_be_empty):
             advice = ADVICE if needs_pillow_heif(others) else "add some or remove it"
-            advice = f"if {shortened(inner)} are classes, give {folder / name}" if inner else advice
+            if inner:
+                advice = f"if {shortened(inner)} are classes, give {folder / name}, else move its pictures up into it"
             raise UserError(f"{folder / name} has no pictures ({' '.join(SUFFIXES)}): {advice}")
         classes[name] = [f"{name}/{picture}" for picture in pictures]
         left_out += Counter(["folders" for _ in inner] + [Path(other).suffix.lower() or "files" for other in others])
@@ -130,7 +131,7 @@ def pictures_below(folder, around=()):
     with readable(folder):
         folders, files, broken = entries(folder)
     if needs_pillow_heif(files):
-        warn(f"pictures are left out in {folder}: {ADVICE}")
+        warn(f"phones' pictures in {folder} are not read: {ADVICE}")
     found = [folder / name for name in files if name.lower().endswith(SUFFIXES)] + [folder / name for name in broken]
     for name in folders:
         if os.path.realpath(folder / name) not in around:

@@ -69,8 +69,8 @@ def read_labels(file, whole=False):
     has_header = not find.knows(rows[0][0]) and rows[0][1] not in [row[1] for row in rows[1:]]
     rows = rows[has_header:]
     if not any(map(find, {row[0] for row in rows})):
-        raise UserError(f"{file} names no picture of {folder}: its columns are picture, a path as seen from the list, "
-                        f"then class, found {' and '.join(rows[0] if rows else ['none'])}")
+        raise UserError(f"{file} names no picture of {folder}: its columns are picture, a path as seen from the list "
+                        f"and spelled as on the disk, then class, found {' and '.join(rows[0] if rows else ['none'])}")
     meaning = {}  # a picture's path -> its class and its subset
     for picture, name, *subset in rows:
         try:

@@ -35,6 +35,10 @@ def read_folder(folder, whole=False):
             warn(f"the classes of {folder} are those of {lists[0]}, not its folders {shortened(others)}")
         split, classes = read_labels(folder / lists[0], whole)
     else:
+        tables = [name for name in others if name.lower().endswith((".csv", ".tsv"))]
+        if tables and len(folders) == 1:
+            warn(f"{folder} has one folder and {shortened(tables)}: a list of pictures and classes must be called "
+                 f"{LISTS[0]}")
         split, classes = read_class_folders(folder, find_subsets(folder, whole), whole)
     file = folder / "classnames.txt"
     return split, readable_names(read_classnames(file, classes), f"{file} (a line each: class, blank, name)")
@@ -70,7 +74,7 @@ def find_subsets(folder, whole):
             raise UserError(f"{folder} must have one folder {subset}, found none: add it, or give "
                             f"{folder / folders[0]} alone, which is then divided")
     places = {subset: f"{found[subset][0]}/" for subset in needed}
-    require_classes(folder, places)
+    require_classes(folder, places, found)
     if tested == "val":
         warn(f"{folder} has no folder test: {found['val'][0]} is tested")
         places["test"] = places.pop("val")
@@ -82,16 +86,18 @@ def holds_folders(folder):
     return folders and not pictures
 
 
-def require_classes(folder, places):
-    """UserError unless train and test hold class folders."""
+def require_classes(folder, places, found):
+    """UserError unless train and test hold class folders. found: {subset: the folders that are called so}."""
     flat = [place for place in places.values() if not contents(folder / place)[0]]
     if not flat:
         return
     advice = f"put those of each class into a folder of its own, or name their classes in {folder / LISTS[0]}"
-    if flat == list(places.values()):
+    if len(flat) == 2:
         names = " and ".join(place.rstrip("/") for place in flat)
         advice += f"; if {names} are classes, call the folders otherwise and give their names in classnames.txt"
     elif "train" in places and places["train"] not in flat:
         advice += f"; or give {folder / places['train']} alone, which is then divided"
+        if found["test"] and found["val"]:
+            advice += f"; or move {folder / found['test'][0]} away, then {found['val'][0]} is tested"
     pictures = contents(folder / flat[0])[1]
     raise UserError(f"{folder / flat[0]} has {len(pictures)} pictures and no class folders: {advice}")

@@ -108,6 +108,12 @@ def test_a_flat_test_beside_class_folders_of_train(tmp_path):
     with fails(f"{tmp_path / 'test'} has 1 pictures and no class folders", f"give {tmp_path / 'train'} alone"):
         data.load(tmp_path)
     assert len(data.load(tmp_path / "train", shots=0).train) == 1
+    touch(tmp_path, "val/a/1.jpg")
+    with fails(tmp_path / "test", f"or move {tmp_path / 'test'} away, then val is tested"):  # as competitions have it
+        data.load(tmp_path)
+    (tmp_path / "test").rename(tmp_path / "elsewhere")
+    bench = data.load(tmp_path, shots=0)
+    assert relative(bench, bench.test) == [("val/a/1.jpg", 0)]
 
 
 # ---- A test set without some of the classes ----
@@ -344,6 +350,13 @@ def test_two_lists_are_refused_and_split_json_goes_before_one(tmp_path):
         data.load(tmp_path)
     write_split(tmp_path / "split.json", [("1.jpg", 0, "lion")])
     assert data.load(tmp_path).classnames == ["lion"]
+
+
+def test_a_table_of_another_name_beside_one_folder_is_pointed_at(tmp_path, capsys):
+    touch(tmp_path, "images/1.jpg", "images/2.jpg", "train.csv")
+    data.load(tmp_path, shots=0)
+    assert f"{tmp_path} has one folder and train.csv: a list of pictures and classes must be called labels.csv" in (
+        capsys.readouterr().err)
 
 
 def test_a_list_beside_class_folders_says_what_counts(tmp_path, capsys):
