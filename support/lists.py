@@ -47,10 +47,10 @@ def plain_path(path):
     return "/".join(steps)
 
 
-def with_tests(split, place):
+def with_tests(split, file):
     """-> the split, where val stands for a test that is not there, as it does for many users of ImageFolder."""
     if split["val"] and not split["test"]:
-        warn(f"{place} has no pictures for test: those of val are tested")
+        warn(f"{file} has no pictures for test: those of val are tested")
         split = split | {"val": [], "test": split["val"]}
     return split
 
@@ -64,40 +64,50 @@ def read_labels(file, whole=False):
     Without a third column the classes are divided as class folders are. A list that is only tested is read `whole`: all
     of its pictures, or those of test, are test pictures.
     """
-    rows, folder = read_rows(file), file.parent
-    find = Finder(folder)
-    has_header = not find.knows(rows[0][0]) and rows[0][1] not in [row[1] for row in rows[1:]]
-    rows = rows[has_header:]
-    if not any(map(find, {row[0] for row in rows})):
-        raise UserError(f"{file} names no picture of {folder}: its columns are picture, a path as seen from the list "
-                        f"and spelled as on the disk, then class, found {' and '.join(rows[0] if rows else ['none'])}")
-    meaning = {}  # a picture's path -> its class and its subset
-    for picture, name, *subset in rows:
-        try:
-            path = find(picture) or plain_path(picture)
-            here = name, SUBSETS[subset[0].lower()] if subset else "test"
-            if not name or meaning.setdefault(path, here) != here:
-                raise ValueError(f"{picture} has {'two classes or is in two subsets' if name else 'no class'}")
-        except KeyError:
-            raise UserError(f"{file} has {subset[0]!r} in its third column, for {picture}: write train, val or test"
-                            ) from None
-        except ValueError as error:
-            raise UserError(f"{file} cannot be used ({error}): mend it") from error
+    rows = read_rows(file)
+    has_parts, meaning = len(rows[0]) == 3, read_meaning(file, rows)
     classes, split = sorted({name for name, _ in meaning.values()}), {"train": [], "val": [], "test": []}
+    label = {name: number for number, name in enumerate(classes)}
     for path, (name, subset) in meaning.items():
-        split[subset].append((path, classes.index(name)))
-    if whole:
-        split = with_tests(split, file) | {"train": [], "val": []}
-    elif len(rows[0]) == 2:
-        return divide(folder, sorted(split["test"], key=lambda item: item[1])), classes
-    else:
-        split = with_tests(split, file)
-        lacking = [name for label, name in enumerate(classes) if label not in {label for _, label in split["train"]}]
-        if lacking:
-            raise UserError(f"{file} has no training pictures of {shortened(lacking)}: add some, or remove the class")
+        split[subset].append((path, label[name]))
+    if not has_parts and not whole:
+        return divide(file.parent, sorted(split["test"], key=lambda item: item[1])), classes
+    split = with_tests(split, file)
     if not split["test"]:
         raise UserError(f"{file} has no pictures for test: write test into the third column of some")
+    if whole:
+        return split | {"train": [], "val": []}, classes
+    trained = {number for _, number in split["train"]}
+    lacking = [name for name in classes if label[name] not in trained]
+    if lacking:
+        raise UserError(f"{file} has no training pictures of {shortened(lacking)}: add some, or remove the class")
     return split, classes
+
+
+def read_meaning(file, rows):
+    """-> {a picture's path: (its class, its subset)}. Where the list has no third column, the subset is test."""
+    find = Finder(file.parent)
+    is_header = not find.knows(rows[0][0]) and rows[0][1] not in [name for _, name, *_ in rows[1:]]
+    if is_header:
+        rows = rows[1:]
+    if not any(find(picture) for picture, *_ in rows):
+        first = " and ".join(rows[0]) if rows else "none"
+        raise UserError(f"{file} names no picture of {file.parent}: its columns are picture, a path as seen from the "
+                        f"list and spelled as on the disk, then class, found {first}")
+    meaning = {}
+    for picture, name, *part in rows:
+        subset = SUBSETS.get(part[0].lower()) if part else "test"
+        if not subset:
+            raise UserError(f"{file} has {part[0]!r} in its third column, for {picture}: write train, val or test")
+        try:
+            path = find(picture) or plain_path(picture)
+            if not name:
+                raise ValueError(f"{picture} has no class")
+            if meaning.setdefault(path, (name, subset)) != (name, subset):
+                raise ValueError(f"{picture} has two classes or is in two subsets")
+        except ValueError as error:
+            raise UserError(f"{file} cannot be used ({error}): mend it") from error
+    return meaning
 
 
 def read_rows(file):
@@ -111,11 +121,11 @@ def read_rows(file):
         readings.append([row for row in rows if any(row)])
         if {len(row) for row in readings[-1]} in ({2}, {3}):
             return readings[-1]
-    longest = max(readings, key=lambda rows: len(rows[0]) if rows else 0)
-    width = min(max(len(longest[0]), 2), 3) if longest else 2
-    odd = next((row for row in longest if len(row) != width), [])
+    widest = max(readings, key=lambda rows: max(map(len, rows), default=0))
+    odd = [row for row in widest if len(row) != len(widest[0]) or len(row) not in (2, 3)]
+    found = ",".join(odd[0])[:80] if odd else "nothing"
     raise UserError(f"{file} must have the columns picture and class, perhaps a third with train, val or test, in each "
-                    f"line, separated by comma, semicolon or tab, found {','.join(odd)[:80] or 'nothing'}: mend it")
+                    f"line, separated by comma, semicolon or tab, found {found}: mend it")
 
 
 class Finder:
