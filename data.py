@@ -11,7 +11,7 @@ The protocol is CoOp's (arXiv:2109.01134, github.com/KaiyangZhou/CoOp), so that 
   CLIP does it.
 
 Where pictures come from stands behind the door: support/benchmarks.py finds or downloads the eleven benchmarks and
-ImageNet's four shifts, support/world.py draws data sets that need no download, and support/folders.py reads your own.
+ImageNet's four shifts, support/world.py draws data sets that need no download, and support/own.py reads your own.
 """
 
 import hashlib
@@ -28,11 +28,12 @@ from torchvision import transforms as T
 
 from clip_min import MEAN, STD, UserError, preprocess
 from support.benchmarks import BENCHMARKS, Source, identify, read_benchmark
-from support.checks import warn_of_few, warn_of_names
+from support.checks import warn_of_few, warn_of_names, warn_of_untested
 from support.console import show
 from support.downloads import file_digest
 from support.files import readable
-from support.folders import find_files, read_folder
+from support.folders import find_files
+from support.own import read_folder
 from support.pictures import as_its_owner_sees_it, is_grey_of_16_bits, opened, scale_grey
 from support.world import WORLD, find_world
 
@@ -102,6 +103,7 @@ def load(name_or_folder, root="data", shots=16, seed=1, whole=False):
     bench = Benchmark(name, [classname.replace("_", " ") for classname in classnames], (template,),
                       **find_files(folder, split), folder=folder, own=bool(own_path), class_ids=class_ids)
     warn_of_names(bench)
+    warn_of_untested(bench)
     return bench
 
 

@@ -16,7 +16,9 @@ from pathlib import Path
 from clip_min import ASSETS, UserError
 from support.downloads import download, file_digest
 from support.files import working_folder
-from support.folders import read_split, read_subsets, warn
+from support.folders import class_folders, contents, number_classes, shortened, warn
+from support.lists import read_split
+from support.names import imagenet_names
 from support.world import WORLD
 
 
@@ -40,6 +42,7 @@ class Source:
 TABLE = json.loads((ASSETS / "benchmarks.json").read_text("utf-8"))["benchmarks"]
 BENCHMARKS = {row["name"]: Source(**row) for row in TABLE}
 SPLITS = "https://raw.githubusercontent.com/linzhiqiu/cross_modal_adaptation/main/splits/"  # CoOp's are on a Drive
+FLAT_VAL = "LOC_val_solution.csv"  # says of which class each picture of ImageNet's val is, where it has no folders
 MOST_FILES, MOST_BYTES = 200_000, 10 * 2**30  # of an archive; the largest, Food-101, has 101,000 pictures in 5 GB
 
 
@@ -68,7 +71,7 @@ def read_benchmark(name, root):
     source, class_ids = BENCHMARKS[name], None
     home, folder = find_images(source, root)
     if name.startswith("imagenet"):
-        split, classnames, class_ids = read_imagenet(folder, name)
+        split, classnames, class_ids = read_imagenet(home, folder, name)
     elif name == "fgvc_aircraft":
         split, classnames = read_aircraft(folder)
     else:
@@ -92,20 +95,56 @@ def read_aircraft(folder):
     return split, classnames
 
 
-def read_imagenet(folder, name):
+def read_imagenet(home, folder, name):
     """ImageNet, or one of its shifts, which is test pictures only. -> split, class names, ImageNet's class numbers.
 
     Class folders are called by wnid, in ImageNetV2 by number; sorted as text, 10 would come before 2. The names are
-    OpenAI's; torchvision's cost accuracy.
+    OpenAI's; torchvision's cost accuracy. ImageNet's val may lie flat, as its archive unpacks.
     """
-    rows = [line.split(" ", 1) for line in (ASSETS / "imagenet_classes.txt").read_text().splitlines()]
+    rows = list(imagenet_names().items())
     number = {key: i for i, (wnid, _) in enumerate(rows) for key in (wnid, str(i))}
     places = {"train": "train/", "test": "val/"} if name == "imagenet" else {"test": ""}
-    split, keys = read_subsets(folder, places, order=lambda key: number.get(key, -1))
+    found = {}
+    for subset, place in places.items():
+        folders, pictures, _ = contents(folder / place)
+        is_flat = place == "val/" and pictures and not folders
+        found[subset] = (read_flat_val(home, folder / place, found["train"]) if is_flat
+                         else class_folders(folder / place))
+    split, keys = number_classes(folder, places, found, order=lambda key: number.get(key, -1))
     if keys[0] not in number:
         raise UserError(f"{folder / places['test'] / keys[0]} is not named like a class of ImageNet: move it away")
     class_ids = [number[key] for key in keys]
     return split, [rows[i][1] for i in class_ids], class_ids
+
+
+def read_flat_val(home, val, trained):
+    """ImageNet's val without class folders, read with FLAT_VAL. -> {wnid: paths in val}, those of `trained` complete.
+
+    The list lies in the data set's folder `home` or beside val. A line: ILSVRC2012_val_00048981,n03995372 85 1 499 272
+    """
+    pictures = contents(val)[1]
+    lists = [file for file in (home / FLAT_VAL, val.parent / FLAT_VAL) if file.is_file()]
+    if not lists:
+        raise UserError(f"{val} has {len(pictures)} pictures and no class folders: put {FLAT_VAL}, which comes with "
+                        f"ImageNet's download from Kaggle, into {home}")
+    try:
+        with lists[0].open(newline="", encoding="utf-8-sig") as file:
+            wnids = {row["ImageId"]: row["PredictionString"].split()[0] for row in csv.DictReader(file)}
+    except (KeyError, AttributeError, IndexError, csv.Error) as error:  # a column or a cell is missing
+        raise UserError(f"{lists[0]} has no columns ImageId and PredictionString with a wnid in each line "
+                        f"({error!r}): take Kaggle's") from error
+    unknown = [picture for picture in pictures if wnids.get(Path(picture).stem) not in imagenet_names()]
+    if unknown:
+        raise UserError(f"{lists[0]} gives no class of ImageNet for {shortened(unknown)}, which {val} has: take "
+                        "Kaggle's list, or move these away")
+    stems = {Path(picture).stem for picture in pictures}
+    missing = [f"{name}.JPEG" for name, wnid in wnids.items() if wnid in trained and name not in stems]
+    if missing:
+        raise UserError(f"{len(missing)} pictures of {lists[0]} are not in {val}: {shortened(missing)}: add them")
+    classes = {}
+    for picture in pictures:
+        classes.setdefault(wnids[Path(picture).stem], []).append(picture)
+    return classes
 
 
 # ---- Finding and fetching ----

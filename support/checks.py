@@ -1,6 +1,6 @@
 """What is checked of a data set before a run, and what else the run may be tested on.
 
-data.load() calls warn_of_few() and warn_of_names(). train.py calls split_classes() for --base-to-new, and for --eval-on
+data.load() calls the three warn_of_...(). train.py calls split_classes() for --base-to-new, and for --eval-on
 require_same_classes(), columns() and, as report.py does, without_trained(). Data that would make a number meaningless
 end in one sentence, doubtful data in a warning.
 """
@@ -32,12 +32,22 @@ def warn_of_names(bench):
     if not bench.own:
         return
     folders = {label: str(Path(path).parent) for path, label in bench.train + bench.test}
-    alike = {}  # a name as the tokenizer reads it -> the folders of the classes
+    have_folders = len(set(folders.values())) == len(bench.classnames)  # else a list says what is of which class
+    alike = {}  # a name as the tokenizer reads it -> the folders of the classes, or their names
     for label, classname in enumerate(bench.classnames):
-        alike.setdefault(unicodedata.normalize("NFKC", classname).lower(), []).append(folders[label])
+        place = folders[label] if have_folders else classname
+        alike.setdefault(unicodedata.normalize("NFKC", classname).lower(), []).append(place)
     for places in alike.values():
         if len(places) > 1:
             warn(f"to CLIP {shortened(places)} have the same class name: give them different names")
+
+
+def warn_of_untested(bench):
+    """Warn of own classes that no test picture shows."""
+    tested = {label for _, label in bench.test}
+    untested = [name for label, name in enumerate(bench.classnames) if label not in tested]
+    if bench.own and untested:
+        warn(f"{bench.folder} has no test pictures of {shortened(untested)}, which no accuracy counts")
 
 
 def split_classes(bench):

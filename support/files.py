@@ -1,7 +1,8 @@
 """Files and folders on a disk: made whole or not at all, and refused by the machine in one sentence.
 
-data.load() and support/folders.py read inside readable(). support/benchmarks.py and support/world.py make folders with
-working_folder(). support/downloads.py and support/runs.py remove what killed processes left.
+data.load() and support/folders.py read inside readable(), support/lists.py and support/names.py with read_text().
+support/benchmarks.py and support/world.py make folders with working_folder(). support/downloads.py and support/runs.py
+remove what killed processes left.
 """
 
 import glob
@@ -23,6 +24,13 @@ def readable(folder):
         raise UserError(f"{error.filename or folder} cannot be used ({error.strerror}): give another folder") from error
     except UnicodeDecodeError as error:
         raise UserError(f"a list or classnames.txt of {folder} is not in UTF-8 ({error}): save it as UTF-8") from error
+
+
+def read_text(file):
+    """-> the text of a list that a user has made: UTF-8 with a byte order mark or without, or UTF-16 with one."""
+    content = file.read_bytes()
+    is_utf_16 = content.startswith((b"\xff\xfe", b"\xfe\xff"))  # PowerShell's > and others
+    return content.decode("utf-16" if is_utf_16 else "utf-8-sig")
 
 
 @contextmanager

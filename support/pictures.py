@@ -12,6 +12,7 @@ from PIL import Image, ImageOps
 
 from clip_min import UserError
 from support.folders import warn
+from support.formats import remedy
 
 
 @contextmanager
@@ -22,8 +23,8 @@ def opened(path):
             yield image
     except Exception as error:  # on broken files Pillow raises OSError, SyntaxError, struct.error and others
         of_machine = isinstance(error, (PermissionError, MemoryError))
-        remedy = "see to permissions and memory" if of_machine else "replace it"
-        raise UserError(f"{path} cannot be read as a picture ({type(error).__name__}: {error}): {remedy}") from error
+        advice = "see to permissions and memory" if of_machine else remedy(path)
+        raise UserError(f"{path} cannot be read as a picture ({type(error).__name__}: {error}): {advice}") from error
 
 
 def as_its_owner_sees_it(image, path):

@@ -561,13 +561,6 @@ def test_loose_files_are_no_classes_of_imagenet(tmp_path):
     assert (len(benchmark.train), len(benchmark.test)) == (2 * len(WNIDS), len(WNIDS))
 
 
-def test_a_flat_validation_folder_is_named(tmp_path):
-    lay(tmp_path / "imagenet" / "train", WNIDS)
-    touch(tmp_path / "imagenet" / "val", *(f"ILSVRC2012_val_{i}.JPEG" for i in range(3)))
-    with fails(tmp_path / "imagenet" / "val", "no class folders", "a folder of its own"):
-        data.load("imagenet", tmp_path)
-
-
 @pytest.mark.parametrize("part", ["train", "val"])
 def test_a_folder_that_is_no_class_of_imagenet_is_named(tmp_path, part):
     lay_imagenet(tmp_path / "imagenet")
@@ -596,6 +589,78 @@ def test_imagenets_train_and_val_need_the_same_classes(tmp_path, keys):
 def test_a_missing_part_of_imagenet_is_named(tmp_path, part):
     lay(tmp_path / "imagenet" / ("val" if part == "train" else "train"), WNIDS)
     with fails(tmp_path / "imagenet", part):
+        data.load("imagenet", tmp_path)
+
+
+# ---- ImageNet's val as its archive unpacks ----
+
+FLAT = ["n01440764", "n01443537", "n15075141"]  # tench, goldfish, toilet paper
+
+def flat_imagenet(root, home="imagenet", place="", listed=None, known=None):
+    """Six pictures of val lie flat, two of each class. -> LOC_val_solution.csv"""
+    folder = root / "imagenet" / place
+    touch(folder, *(f"train/{wnid}/a.JPEG" for wnid in known or FLAT),
+          *(f"val/ILSVRC2012_val_{i:08}.JPEG" for i in range(1, 7)))
+    rows = [f"ILSVRC2012_val_{i:08},{FLAT[i % 3]} 85 1 499 272 {FLAT[0]} 1 2 3 4" for i in (4, 2, 6, 1, 5, 3)]
+    file = root / home / "LOC_val_solution.csv"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text("\n".join(["ImageId,PredictionString", *rows]) + "\n")
+    return file
+
+
+@pytest.mark.parametrize("home, place", [("imagenet", ""), ("imagenet", "images"), ("imagenet/images", "images"),
+                                         ("imagenet", "ILSVRC/Data/CLS-LOC")])
+@pytest.mark.parametrize("root", ["", "imagenet"])
+def test_a_flat_val_is_read_with_kaggles_list(tmp_path, home, place, root):
+    """It gives the labels and the order of class folders."""
+    flat_imagenet(tmp_path, home, place)
+    bench = data.load("imagenet", tmp_path / root, shots=0)
+    assert (bench.class_ids, bench.classnames) == ([0, 1, 999], ["tench", "goldfish", "toilet paper"])
+    assert relative(bench, bench.test) == [(f"val/ILSVRC2012_val_{i:08}.JPEG", label)
+                                           for label, i in enumerate([3, 6, 1, 4, 2, 5]) for label in [label // 2]]
+    assert len(bench.train) == 3 and bench.val == []
+
+
+def test_a_flat_val_without_the_list_names_it(tmp_path):
+    flat_imagenet(tmp_path).unlink()
+    with fails(f"{tmp_path / 'imagenet' / 'val'} has 6 pictures and no class folders",
+               "LOC_val_solution.csv", f"into {tmp_path / 'imagenet'}"):
+        data.load("imagenet", tmp_path)
+
+
+LINE = f"00000004,{FLAT[1]} 85 1 499 272 {FLAT[0]} 1 2 3 4"
+FAULTS = {
+    "no line": (lambda text: text.replace("00000004,", "00000044,"), "ILSVRC2012_val_00000004.JPEG"),
+    "other class": (lambda text: text.replace("00000004,n01443537", "00000004,n99999999"), "val_00000004.JPEG"),
+    "no columns": (lambda text: text.replace("ImageId", "image"), "ImageId"),
+    "short line": (lambda text: text.replace(LINE, "00000004"), "wnid"),
+    "no class": (lambda text: text.replace(LINE, "00000004, "), "wnid"),
+}
+
+
+@pytest.mark.parametrize("kind", FAULTS)
+def test_a_list_of_a_flat_val_that_does_not_fit_is_named(tmp_path, kind):
+    file = flat_imagenet(tmp_path)
+    spoil, words = FAULTS[kind]
+    assert spoil(file.read_text()) != file.read_text()
+    file.write_text(spoil(file.read_text()))
+    with fails(file, words):
+        data.load("imagenet", tmp_path)
+
+
+def test_a_picture_that_a_flat_val_lacks_is_named_unless_its_class_is_not_trained(tmp_path):
+    file = flat_imagenet(tmp_path, known=FLAT[:2])
+    for i in 2, 5:
+        (tmp_path / "imagenet" / "val" / f"ILSVRC2012_val_{i:08}.JPEG").unlink()
+    assert data.load("imagenet", tmp_path).class_ids == [0, 1]  # both pictures of the third class are gone
+    (tmp_path / "imagenet" / "val" / "ILSVRC2012_val_00000004.JPEG").unlink()
+    with fails(file, "1 pictures", "ILSVRC2012_val_00000004.JPEG"):
+        data.load("imagenet", tmp_path)
+
+
+def test_a_flat_val_with_classes_that_are_not_trained_is_refused(tmp_path):
+    flat_imagenet(tmp_path, known=FLAT[:2])
+    with fails(f"{tmp_path / 'imagenet' / 'train'} lacks", FLAT[2]):
         data.load("imagenet", tmp_path)
 
 

@@ -257,7 +257,9 @@ def test_lists_and_class_names(run, tmp_path):
     rows = [[f"{name}/{i}.png", label, name] for label, name in enumerate(["cats", "sea lions"]) for i in range(3)]
     split = json.dumps(dict(train=rows[:1] + rows[3:4], val=[], test=rows[1:3] + rows[4:])).encode()
     names = "cats house cat\nsea lions, großer Seelöwe\n".encode()
-    for file, content, mutate in ("split.json", split, mutate_json), ("classnames.txt", names, mutate_bytes):
+    labels = "".join(f"{path},{name}\n" for path, _, name in rows).encode()
+    for file, content, mutate in (("split.json", split, mutate_json), ("labels.csv", labels, mutate_bytes),
+                                  ("classnames.txt", names, mutate_bytes)):
         path = tmp_path / file
         path.write_bytes(content)
         data.load(tmp_path, shots=1)
