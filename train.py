@@ -120,7 +120,7 @@ def run(settings, folder, args, machine):
         return METHODS[settings.method](clip, classnames, settings.templates, **settings.options).to(machine.device)
 
     torch.manual_seed(settings.seed)  # initial prompts and dropout; pictures have random streams of their own
-    method = learned.method(bench, make, settings.backbone) if learned else make(bench.classnames)
+    method = learned.method(bench, make, settings) if learned else make(bench.classnames)
     if new_classes:
         method.for_classes(new_classes.classnames)  # a method that cannot says so before it is trained
     print_settings(settings, bench, machine, method)

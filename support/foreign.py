@@ -27,6 +27,7 @@ CLASS_AWARE = {"image_encoder.transformer.extractor": {"ctx": "visual_prompts",
     "lns2.#.weight": "cavpt.#.ln_p.weight", "lns2.#.bias": "cavpt.#.ln_p.bias"}}  # fmt: skip
 OFFICIAL = {"coop": TEXT, "cocoop": META_NET, "prograd": TEXT, "vpt": VISUAL, "vlp": VISUAL | TEXT,
             "dpt": VISUAL | CLASS_AWARE | TEXT}
+NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 EMBEDDINGS = "token_prefix", "token_suffix"  # CLIP's own, of what stands around the context of the classes trained on
 
 
@@ -45,15 +46,15 @@ def read_official(path, method):
     tensors, embeddings = {}, {}
     for part, names in parts.items():
         for key, tensor in read_state(files[part]).items():
-            number = re.search(r"(?<=\.)\d+(?=\.)", key)
-            name = names.get(key.replace(number[0], "#") if number else key)
+            number = NUMBER.search(key)
+            name = names.get(NUMBER.sub("#", key))
             if key in EMBEDDINGS:
                 embeddings[key] = tensor
             elif name:
                 name = name.replace("#", number[0]) if number else name
                 tensors[name] = join(tensors[name], tensor, path) if name in tensors else tensor
             else:
-                others = [other for other, those in OFFICIAL.items() if key in those.get(part, {})]
+                others = [other for other, those in OFFICIAL.items() if NUMBER.sub("#", key) in those.get(part, {})]
                 raise UserError(f"{files[part]} has {key}, for which {method} has no place: it is of "
                                 f"{' or '.join(others) or 'a method that is not known here'}.")
     return tensors, embeddings

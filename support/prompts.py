@@ -56,7 +56,7 @@ class Learned(NamedTuple):
             return {f"{self.saved['data_path']}/{path}": digest for path, digest in self.saved["train"].items()}
         return self.saved.get("train", {})
 
-    def method(self, bench, make, backbone):
+    def method(self, bench, make, settings):
         """-> the method with these tensors, for the classes of `bench`. make: called with class names -> a new one."""
         method, tensors = make(bench.classnames), self.tensors
         trained_for = self.saved.get("classnames", method.classnames)
@@ -64,8 +64,9 @@ class Learned(NamedTuple):
             trained = self.fill(make(trained_for), tensors)
             tensors = trained.for_classes(bench.classnames, columns(bench, self.saved["class_ids"])).learned()
         self.fill(method, tensors)
-        if self.saved and self.saved["backbone"] != backbone:
-            warn(f"{self.path} was learned with {self.saved['backbone']}, and this is {backbone}")
+        for what, here in dict(backbone=settings.backbone, shots=settings.shots).items():
+            if self.saved.get(what, here) != here:
+                warn(f"{self.path} was learned with {what} {self.saved[what]}, and this run has {here}")
         if self.embeddings.keys() >= set(EMBEDDINGS):
             self.compare_embeddings(method)
         print(f"taken over  {sum(tensor.numel() for tensor in tensors.values()):,} numbers from {self.path}")

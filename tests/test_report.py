@@ -141,13 +141,11 @@ def test_precision_and_f1_are_scikit_learns(case):
     assert ("mean", "of the classes", "", "", f"{scores.balanced:.2f}", "", f"{macro_f1:.2f}") in scores.csv_lines()
 
 
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("seed", range(10))
 def test_any_predictions_are_scored_as_scikit_learn_scores_them(seed):
     metrics = pytest.importorskip("sklearn.metrics", reason="scikit-learn is not installed")
-    rng = random.Random(seed)
-    classes, predicted = ([rng.choice("abcdefgh"[seed % 3 + start :]) for _ in range(rng.choice([1, 5, 60]))] * 60
-                          for start in (0, 1))
-    classes, predicted = classes[:60], predicted[:60]
+    rng = random.Random(seed)  # a is never predicted, g has no pictures
+    classes, predicted = rng.choices("abcdef", k=30), rng.choices("bcdefg", k=30)
     scores = scores_of(answered(classes, predicted))
     precision, recall, f1, count = metrics.precision_recall_fscore_support(classes, predicted, zero_division=0)
     labels = sorted({*classes, *predicted})
