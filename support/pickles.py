@@ -30,7 +30,7 @@ class StandIn:
 
 
 def strided(storage, offset, size, stride, *_):
-    return torch.as_strided(storage, size, stride, offset)
+    return torch.as_strided(storage, size, stride, storage.storage_offset() + offset)
 
 
 DTYPES = dict(
@@ -55,8 +55,8 @@ class Reader(pickle.Unpickler):
         return KNOWN.get((module, name), StandIn)
 
     def persistent_load(self, record):
-        if record[0] != "storage":  # a module, in old files
-            return StandIn()
+        if record[0] != "storage":  # the class of a module, in old files
+            return StandIn
         _, dtype, key, _, count, *view = record
         whole = self.storage(key, dtype, count)
         if view and view[0]:  # old files may name a part of a storage

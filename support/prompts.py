@@ -122,18 +122,18 @@ def read_learned(path, method):
         file = path / "prompts.pt" if path.is_dir() else path
         saved = read_file(file) if file.is_file() else {}
         if isinstance(saved, dict) and "tensors" in saved:
-            if not saved.keys() >= OF_A_RUN:
-                raise UserError(f"{file} is not a prompt file of train.py, a setting is missing: train again.")
+            tensors, embeddings = saved["tensors"], {}
+            is_whole = saved.keys() >= OF_A_RUN and isinstance(saved["options"], dict) and isinstance(tensors, dict)
+            if not is_whole or not all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()):
+                raise UserError(f"{file} is not a prompt file of train.py, something is missing: train again.")
             if saved["method"] != method:
                 raise UserError(f"{path} is a run of {saved['method']}: give --method {saved['method']}.")
-            learned = Learned(path, saved["tensors"], saved, {})
         else:
-            tensors, embeddings = read_official(path, method)
-            learned = Learned(path, tensors, {}, embeddings)
+            saved, (tensors, embeddings) = {}, read_official(path, method)
     dimensions = dict(ctx=(2, 3), visual_prompts=(3,))
-    for name, tensor in learned.tensors.items():
-        if not learned.saved and tensor.dim() not in dimensions.get(name, (1, 2)):
+    for name, tensor in tensors.items():
+        if not saved and tensor.dim() not in dimensions.get(name, (1, 2)):
             raise UserError(f"{path} has a {name} that is {size(tensor)}: {method} was not learned with it.")
         if not tensor.isfinite().all():
             raise UserError(f"{path} has numbers in {name} that are not finite: nothing can be computed with them.")
-    return learned
+    return Learned(path, tensors, saved, embeddings)
