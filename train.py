@@ -107,20 +107,14 @@ def run(settings, folder, args, machine):
     started = time.time()
     learned = read_learned(args.prompts, settings.method) if args.prompts else None
     with process_0_first(machine):  # it fetches what is not there yet
-        bench, new_classes = load_data(settings, args, learned)
-        trained_on = bench.fingerprints() if settings.recipe else {}
-        if learned:
-            trained_on = learned.trained_on(bench.folder)
+        bench, new_classes, trained_on = load_data(settings, args, learned)
         targets = load_shifts(args, bench, trained_on)
         clip = load_clip(settings.backbone_path or settings.backbone, machine.device, settings.activation or None)
     settings = replace(settings, activation=clip.activation, templates=settings.templates or list(bench.templates))
     warn_of_moved(bench, folder.parents[1])
 
-    def make(classnames):
-        return METHODS[settings.method](clip, classnames, settings.templates, **settings.options).to(machine.device)
-
     torch.manual_seed(settings.seed)  # initial prompts and dropout; pictures have random streams of their own
-    method = learned.method(bench, make, settings) if learned else make(bench.classnames)
+    method = make_method(settings, clip, bench, machine.device, learned)
     if new_classes:
         method.for_classes(new_classes.classnames)  # a method that cannot says so before it is trained
     print_settings(settings, bench, machine, method)
@@ -164,13 +158,25 @@ def run(settings, folder, args, machine):
 
 
 def load_data(settings, args, learned):
-    """-> the Benchmark to train on; with --base-to-new that of the other half of its classes, else None."""
+    """-> the Benchmark to train on; with --base-to-new that of the other half of its classes, else None; fingerprints.
+
+    They are those of the pictures that the method learns from, or that the prompts of --prompts were learned from.
+    """
     bench = data.load(settings.data_path or settings.data, args.root, settings.shots, settings.seed)
     if settings.recipe and not bench.train:
         raise UserError(f"{bench.name} has test pictures only: train on other data, with --eval-on {bench.name}.")
     if learned:
         bench = without_trained(bench, learned.trained_on(bench.folder), bench.folder)
-    return split_classes(bench) if args.base_to_new else (bench, None)
+    bench, new_classes = split_classes(bench) if args.base_to_new else (bench, None)
+    trained_on = learned.trained_on(bench.folder) if learned else bench.fingerprints() if settings.recipe else {}
+    return bench, new_classes, trained_on
+
+
+def make_method(settings, clip, bench, device, learned):
+    """-> the method for the classes of `bench`: a new one, or the one that --prompts names."""
+    def make(classnames):
+        return METHODS[settings.method](clip, classnames, settings.templates, **settings.options).to(device)
+    return learned.method(bench, make, settings) if learned else make(bench.classnames)
 
 
 def load_shifts(args, bench, trained_on):

@@ -37,12 +37,14 @@ class Learned(NamedTuple):
 
     def options(self, defaults):
         """-> the options that the tensors were learned with, as far as they tell. defaults: all of the method's."""
-        options, ctx, visual = self.saved.get("options", {}), self.tensors.get("ctx"), self.tensors.get("visual_prompts")
-        if not self.saved and ctx is not None:  # (M, D), or (K, M, D) with csc
+        if self.saved:
+            return {name: value for name, value in self.saved["options"].items() if name in defaults}
+        options, ctx, visual = {}, self.tensors.get("ctx"), self.tensors.get("visual_prompts")
+        if ctx is not None:  # (M, D), or (K, M, D) with csc
             options |= dict(n_ctx=ctx.shape[-2], csc=ctx.dim() == 3)
             if len(encode(defaults.get("ctx_init", ""))) != ctx.shape[-2]:
                 options["ctx_init"] = ""
-        if not self.saved and visual is not None:  # (L, P, D)
+        if visual is not None:  # (L, P, D)
             layers = len(visual)
             options |= dict(n_visual=visual.shape[1], deep=layers > 1)
             first = layers + 1 - sum(name.endswith("fc.weight") for name in self.tensors)
