@@ -105,7 +105,7 @@ def sweep(args):
 def run(settings, folder, args, machine):
     """One run: data and CLIP, the method, zero-shot CLIP, training, accuracy, other data, and a folder with it all."""
     started = time.time()
-    learned = read_learned(args.prompts, settings.method) if args.prompts else None
+    learned = None if args.prompts is None else read_learned(args.prompts, settings.method)
     with process_0_first(machine):  # it fetches what is not there yet
         bench, new_classes, trained_on = load_data(settings, args, learned)
         targets = load_shifts(args, bench, trained_on)

@@ -83,10 +83,11 @@ def model_file(folder):
 def where_else(path, found):
     """What to do where a path does not have the parts of a method."""
     fitting = [method for method, parts in OFFICIAL.items() if parts.keys() == found.keys()]
-    runs = sorted({str(file.parents[1]) for file in path.rglob("model*.pth.tar*")} - {str(path), str(path.parent)})
+    runs = {str(file.parents[1]) for file in path.rglob("model*.pth.tar*")} - {str(path), str(path.parent)}
+    runs |= {str(file.parent) for file in path.rglob("prompts.pt")}
     if fitting:
         return f"give --method {' or '.join(fitting)}"
-    return f"give one of {shortened(runs)}" if runs else "give the folder that has these"
+    return f"give one of {shortened(sorted(runs))}" if runs else "give the folder that has these"
 
 
 def read_state(file):
@@ -95,7 +96,7 @@ def read_state(file):
     state = state.get("state_dict", state) if isinstance(state, dict) else {}
     if not state or not all(isinstance(tensor, torch.Tensor) for tensor in state.values()):
         raise UserError(f"{file} has no learned tensors under state_dict: give a model.pth.tar of the official code.")
-    return {str(key): tensor.float() for key, tensor in state.items()}
+    return {str(key).removeprefix("module."): tensor.float() for key, tensor in state.items()}  # of several GPUs
 
 
 def join(below, above, path):

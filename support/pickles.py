@@ -81,7 +81,10 @@ def read_file(path):
 
 def read_archive(archive):
     """What torch.save writes since PyTorch 1.6. Reading a whole member of the archive tests its checksum."""
-    root = next(name for name in archive.namelist() if name.endswith("/data.pkl")).removesuffix("data.pkl")
+    pickles = [name for name in archive.namelist() if name.endswith("/data.pkl")]
+    if len(pickles) != 1:
+        raise ValueError(f"an archive with {len(pickles)} files data.pkl, unpack other archives first")
+    root = pickles[0].removesuffix("data.pkl")
 
     def storage(key, dtype, _):
         return numbers(archive.read(f"{root}data/{key}"), dtype)

@@ -80,7 +80,7 @@ def resolve_settings(args, methods, data_name, method, shots, seed):
     backbone, backbone_path = identify_backbone(args.backbone or ("tiny" if is_drawn else "ViT-B/16"))
     defaults = methods[method].default_options()
     options = parse_options(method, defaults, args.set)
-    learned = read_learned(args.prompts, method) if args.prompts else None
+    learned = None if args.prompts is None else read_learned(args.prompts, method)
     if learned:
         options = learned.options(defaults) | options
     recipe, data_options = resolve_recipe(methods[method].recipe, options, "" if data_path else name, shots)

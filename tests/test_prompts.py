@@ -197,10 +197,10 @@ def output(request, clip):
     return Official(method, clip, **made_with), dict(class_token_position=position) if position else {}
 
 
-@pytest.mark.parametrize("form", ["archive", "old", "half"])
-def test_an_official_output_folder_gives_the_official_logits(form, precision, output, clip, tmp_path):
+@pytest.mark.parametrize("half", [False, True])
+def test_an_official_output_folder_gives_the_official_logits(half, precision, output, clip, tmp_path):
     official, options = output
-    official.save(tmp_path, old=form == "old", half=form == "half")
+    official.save(tmp_path, old=not half, half=half)
     images = picture(32, 4)
     assert_equal(take_over(tmp_path, official.method, clip, **options)(images), official.logits(images))
 
@@ -223,6 +223,19 @@ def test_a_part_and_a_single_file_are_taken_too(coop, tmp_path):
     alone = Path(shutil.copy(file, tmp_path / "downloaded.bin"))
     for path in coop / "prompt_learner", file, alone:
         assert torch.equal(ctx(path), ctx(coop))
+
+
+def test_keys_of_several_gpus_lose_their_module(coop):
+    expected, file = ctx(coop), coop / "prompt_learner" / "model.pth.tar-50"
+    content = torch.load(file, weights_only=False)
+    torch.save(content | dict(state_dict={f"module.{key}": t for key, t in content["state_dict"].items()}), file)
+    assert torch.equal(ctx(coop), expected)
+
+
+def test_an_archive_of_the_folder_is_one_sentence(coop, tmp_path):
+    path = shutil.make_archive(tmp_path / "published", "zip", coop)
+    with pytest.raises(UserError, match="an archive with 0 files data.pkl, unpack other archives first"):
+        read_learned(path, "coop")
 
 
 def test_the_last_epoch_is_taken_and_the_best_where_there_is_no_other(clip, coop):
@@ -602,6 +615,13 @@ def test_what_belongs_to_its_classes_is_refused_for_others(name, world, tmp_path
     assert train.main(flags(world, *words, "--out", tmp_path / "runs")) == 2
     (line,) = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("warning")]
     assert line.startswith("error: ") and not run_folders(tmp_path / "runs")
+
+
+def test_an_empty_path_never_trains_and_a_folder_of_runs_lists_them(world, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)  # an empty path is this folder
+    for path, said in ("", "has no part of a trainer"), (world / "runs", f"give one of {world / 'runs'}"):
+        assert train.main(flags(world, "--method", "coop", "--out", tmp_path / "runs", "--prompts", path)) == 2
+        assert said in capsys.readouterr().err and not (tmp_path / "runs").exists()
 
 
 def test_base_to_new_tests_both_halves(clip, world, evaluate, tmp_path, capsys):
