@@ -15,7 +15,6 @@ RUN is a folder such as runs/shapes/coop/tiny_16shot_seed1. Pictures are written
 
 import argparse
 import json
-import statistics
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -34,8 +33,9 @@ from support.console import exit_status, quoted, show
 from support.folders import SUFFIXES, pictures_below, shortened
 from support.machine import Machine, choose_machine
 from support.output import loss_bars, print_table, save_csv, save_picture, save_tensor
-from support.results import count_answers, label_of, nearest_words, read_finished, settings_of
+from support.results import label_of, nearest_words, read_finished, settings_of
 from support.runs import read_prompts
+from support.scores import HEAD, score
 from support.settings import Settings, above
 from support.summary import Summary
 from upt import inter_class_variance, intra_class_variance
@@ -152,16 +152,15 @@ def describe(run):
     for entry in entries if is_zero_shot else [zero_shot, *entries]:
         print(f"accuracy      {entry.accuracy:.2f} % {entry.column}, {entry.row.method}{quoted(entry.papers)}")
 
-    classes, confused = count_answers(predictions)
-    balanced = statistics.mean(100 * right / count for _, right, count, _ in classes)
-    print(f"balanced      {balanced:.2f} %, the mean over the classes")
+    scores = score(predictions)
+    print(f"balanced      {scores.balanced:.2f} %, the mean over the classes")
+    print(f"macro F1      {scores.macro_f1:.2f} %, the mean of F1 over the classes")
     if result["losses"]:
         print(f"loss          {loss_bars(result['losses'])}")
-    print_table("The worst classes", ["class", "right", "of", "%"], classes[:10])
-    print_table("The most frequent confusions", ["class", "taken for", "times"], confused[:10])
+    print_table("The worst classes", HEAD, scores.classes[:10])
+    print_table("The most frequent confusions", ["class", "taken for", "times"], scores.confused[:10])
 
-    lines = [("table", "class or context", "right, taken for or word", "of, times or distance", "%")]
-    lines += [("class", *row) for row in classes] + [("confusion", *row) for row in confused]
+    lines = scores.csv_lines()
     for n, words in enumerate(nearest_words(run.method), 1):
         lines += [("context", n, word, distance) for word, distance in words]
         if n <= 16:  # with contexts for each class there are many

@@ -41,6 +41,7 @@ from support.benchmarks import published
 from support.checks import columns, require_same_classes, split_classes, without_trained
 from support.console import advice, exit_status, print_settings, quoted, show_epoch
 from support.machine import average, cast_products, choose_machine, gather, join_processes, process_0_first
+from support.prompts import read_learned
 from support.runs import Checkpoint, device_name, rates, read_prompts, require_finite, reserve, save_run, warn_of_moved
 from support.settings import above, resolve_settings, template
 from upt import UPT, variances
@@ -70,6 +71,8 @@ def parse_arguments(argv):
     add("--warmup-epochs", type=above(-1, int), help="of all parts")
     add("--batch-size", type=above(0, int))
     add("--set", nargs="+", action="extend", default=[], metavar="key=value", help="options of the method")
+    add("--prompts", metavar="PATH", help="evaluate learned prompts instead of training: a run's folder or prompts.pt, "
+        "or output of the official code of coop, cocoop, prograd, vpt, vlp or dpt")
     add("--device", help="cuda, cpu, ... (default: cuda where there is one)")
     add("--precision", choices=["auto", "fp32", "bf16", "fp16"], default="auto", help="of the frozen towers; learned "
         "tensors are always fp32 (auto: bf16 or fp16 on CUDA)")
@@ -102,16 +105,16 @@ def sweep(args):
 def run(settings, folder, args, machine):
     """One run: data and CLIP, the method, zero-shot CLIP, training, accuracy, other data, and a folder with it all."""
     started = time.time()
+    learned = None if args.prompts is None else read_learned(args.prompts, settings.method)
     with process_0_first(machine):  # it fetches what is not there yet
-        bench, new_classes = load_data(settings, args)
-        trained_on = bench.fingerprints() if settings.recipe else {}
+        bench, new_classes, trained_on = load_data(settings, args, learned)
         targets = load_shifts(args, bench, trained_on)
         clip = load_clip(settings.backbone_path or settings.backbone, machine.device, settings.activation or None)
     settings = replace(settings, activation=clip.activation, templates=settings.templates or list(bench.templates))
     warn_of_moved(bench, folder.parents[1])
 
     torch.manual_seed(settings.seed)  # initial prompts and dropout; pictures have random streams of their own
-    method = METHODS[settings.method](clip, bench.classnames, settings.templates, **settings.options).to(machine.device)
+    method = make_method(settings, clip, bench, machine.device, learned)
     if new_classes:
         method.for_classes(new_classes.classnames)  # a method that cannot says so before it is trained
     print_settings(settings, bench, machine, method)
@@ -129,7 +132,7 @@ def run(settings, folder, args, machine):
     epoch_losses = learn(method, bench, settings, machine, checkpoint) if settings.recipe else []
     seconds_training = time.time() - began
 
-    is_zero_shot = not settings.recipe and method.templates == zero_shot.templates
+    is_zero_shot = not settings.recipe and not learned and method.templates == zero_shot.templates
     after = before if is_zero_shot else evaluate(method, test, machine)
     if settings.recipe and after.accuracy < before.accuracy:
         print(f"warning: {advice(after, len(epoch_losses), len(bench.classnames))}")
@@ -146,19 +149,34 @@ def run(settings, folder, args, machine):
         zero_shot=before.accuracy, accuracy=after.accuracy, published=paper, published_source=source, shifts=shifts,
         base_to_new=base_to_new, variance=variance, trainable_parameters=count_learned(method),
         seconds_training=seconds_training, seconds_total=time.time() - started, epochs=len(epoch_losses),
-        losses=epoch_losses, picks=bench.picks, torch=torch.__version__, device=device_name(machine.device))
+        losses=epoch_losses, picks=bench.picks, torch=torch.__version__, device=device_name(machine.device),
+        prompts=str(learned.path) if learned else "")
     if machine.rank == 0:
         save_run(folder, bench, method, description, after, result)
         checkpoint.remove()
         print(f"saved       {folder}")
 
 
-def load_data(settings, args):
-    """-> the Benchmark to train on; with --base-to-new that of the other half of its classes, else None."""
+def load_data(settings, args, learned):
+    """-> the Benchmark to train on; with --base-to-new that of the other half of its classes, else None; fingerprints.
+
+    They are those of the pictures that the method learns from, or that the prompts of --prompts were learned from.
+    """
     bench = data.load(settings.data_path or settings.data, args.root, settings.shots, settings.seed)
     if settings.recipe and not bench.train:
         raise UserError(f"{bench.name} has test pictures only: train on other data, with --eval-on {bench.name}.")
-    return split_classes(bench) if args.base_to_new else (bench, None)
+    if learned:
+        bench = without_trained(bench, learned.trained_on(bench.folder), bench.folder)
+    bench, new_classes = split_classes(bench) if args.base_to_new else (bench, None)
+    trained_on = learned.trained_on(bench.folder) if learned else bench.fingerprints() if settings.recipe else {}
+    return bench, new_classes, trained_on
+
+
+def make_method(settings, clip, bench, device, learned):
+    """-> the method for the classes of `bench`: a new one, or the one that --prompts names."""
+    def make(classnames):
+        return METHODS[settings.method](clip, classnames, settings.templates, **settings.options).to(device)
+    return learned.method(bench, make, settings) if learned else make(bench.classnames)
 
 
 def load_shifts(args, bench, trained_on):

@@ -1,9 +1,10 @@
 """Files of torch.save: whole by their checksums, and read without running anything that is in them.
 
-support/weights.py reads other people's files with load_foreign(), support/runs.py the files of runs with
-load_tensors(). What is no tensor and no plain value of Python comes as a StandIn, which can do nothing.
+support/weights.py and support/foreign.py read other people's files with load_foreign(), support/runs.py the files of
+runs with load_tensors(). What is no tensor and no plain value of Python comes as a StandIn, which can do nothing.
 """
 
+import errno
 import io
 import pickle
 import zipfile
@@ -45,11 +46,17 @@ def load_foreign(path):
     is_archive = zipfile.is_zipfile(path)  # no file of PyTorch before 1.6 is
     if is_archive:
         require_checksums(path)
+        with zipfile.ZipFile(path) as archive:
+            root_of(archive)
     try:
         with open(path, "rb") as file:  # of a path torch.load would ask the ending what it is
             return torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         return read_archive(path) if is_archive else read_old(path)
+    except OSError as error:
+        if error.errno == errno.EINVAL:  # torch.load looks for the end of the archive in front of the file
+            raise ValueError("it is cut off") from error
+        raise
 
 
 # ---- With stand-ins ----
@@ -71,7 +78,7 @@ class StandIn:
 
 
 def rebuild_tensor(storage, offset, size, stride, *_):
-    return torch.as_strided(storage, size, stride, offset)
+    return torch.as_strided(storage, size, stride, storage.storage_offset() + offset)
 
 
 OLD_START = pickle.dumps(0x1950A86A20F9469CFC6C, protocol=2)
@@ -100,8 +107,12 @@ class Reader(pickle.Unpickler):
     def persistent_load(self, record):
         if record[0] != "storage":  # "module", class, source file, source: old files have it with a pickled module
             return record[1]
-        _, dtype, key, _, count, *_ = record
-        return self.storage(key, dtype, count)
+        _, dtype, key, _, count, *view = record
+        whole = self.storage(key, dtype, count)
+        if view and view[0]:  # old files may name a part of a storage
+            _, offset, count = view[0]
+            return whole[offset : offset + count]
+        return whole
 
 
 def read_archive(path):
@@ -110,12 +121,20 @@ def read_archive(path):
         if not has_checksums(archive):
             for record in archive.infolist():
                 record.CRC = None  # nothing to be compared
-        root = next(name for name in archive.namelist() if name.endswith("/data.pkl")).removesuffix("data.pkl")
+        root = root_of(archive)
 
         def storage(key, dtype, _):
             return numbers(archive.read(f"{root}data/{key}"), dtype)
 
         return Reader(io.BytesIO(archive.read(f"{root}data.pkl")), storage).load()
+
+
+def root_of(archive):
+    """-> the folder in the archive, with its slash. ValueError if torch.save did not write it."""
+    pickles = [name for name in archive.namelist() if name.endswith("/data.pkl")]
+    if len(pickles) != 1:
+        raise ValueError(f"an archive with {len(pickles)} files data.pkl, unpack other archives first")
+    return pickles[0].removesuffix("data.pkl")
 
 
 def read_old(path):
@@ -133,7 +152,10 @@ def read_old(path):
         content = Reader(file, storage).load()
         for key in Reader(file).load():
             count, filled = int.from_bytes(file.read(8), "little"), storages[key]
-            filled.copy_(numbers(file.read(count * filled.itemsize), filled.dtype))
+            raw = file.read(filled.nbytes)
+            if count != len(filled) or len(raw) != filled.nbytes:
+                raise ValueError("it is cut off")
+            filled.copy_(numbers(raw, filled.dtype))
         return content
 
 

@@ -242,7 +242,7 @@ def published(run, data_name):
     if run.data_path:
         return []
     wanted = [run.method, run.backbone, "0" if run.method == "zeroshot" else str(run.shots), data_name]
-    changed, found = run.changed.keys() - {"precision"}, []
+    changed, found = run.changed.keys() - {"precision", "prompts"}, []
     with (ASSETS / "published.csv").open(newline="") as file:
         for row in csv.DictReader(file):
             options = dict(pair.split("=", 1) for pair in row["options"].split(";") if pair)
@@ -254,7 +254,7 @@ def published(run, data_name):
 
 def is_set(run, name, text):
     """Whether an option of the method or, where the method has none of this name, of the recipe has this value."""
-    value = run.options[name] if name in run.options else run.recipe[name]
+    value = run.options[name] if name in run.options else run.recipe.get(name)  # of --prompts it is not known
     return spell(value) == text
 
 

@@ -8,7 +8,6 @@ import csv
 import json
 import math
 import sys
-from collections import Counter
 from dataclasses import fields, replace
 from typing import NamedTuple
 
@@ -92,7 +91,7 @@ def entries_of(settings, result, zero_shot_options):
 def describe_zero_shot(settings, zero_shot_options):
     """-> the label of the zero-shot CLIP that a run begins with, and the papers' numbers for it."""
     # What was changed beside the method's options and recipe, such as the templates, changes zero-shot CLIP, too.
-    of_method = settings.options.keys() | settings.recipe.keys()
+    of_method = settings.options.keys() | settings.recipe.keys() | {"prompts"}
     changed = {key: value for key, value in settings.changed.items() if key not in of_method}
     start = replace(settings, method="zeroshot", options=zero_shot_options, changed=changed)
     is_benchmark = settings.data in BENCHMARKS and not settings.data_path
@@ -123,16 +122,6 @@ def read_predictions(path, classnames, count):
         return rows
     except (OSError, ValueError, LookupError, TypeError, csv.Error) as error:
         raise UserError(f"{path} cannot be read as the predictions of a run ({error}): train again.") from error
-
-
-def count_answers(predictions):
-    """-> rows (class, right, of, %), the worst class first, and (class, taken for, times), the most frequent first."""
-    answers = Counter((row["class"], row["predicted class"]) for row in predictions)
-    pictures = Counter(row["class"] for row in predictions)
-    classes = [(name, answers[name, name], count) for name, count in pictures.items()]
-    classes.sort(key=lambda row: row[1] / row[2])
-    confused = [(*pair, count) for pair, count in answers.most_common() if pair[0] != pair[1]]
-    return [(name, right, count, f"{100 * right / count:.1f}") for name, right, count in classes], confused
 
 
 @torch.no_grad()

@@ -15,10 +15,12 @@ import data
 from clip_min import UserError
 from support.benchmarks import spell
 from support.hub import OPENAI_MODELS, dashes
+from support.prompts import read_learned
 from support.world import WORLD
 
 RECIPE_FLAGS = ("epochs", "lr", "warmup_epochs", "batch_size")  # they override the recipe
-OTHER_FLAGS = dict(precision="auto", activation=None, template="", base_to_new=False)  # flags that also change a run
+# Flags that also change a run.
+OTHER_FLAGS = dict(precision="auto", activation=None, template="", base_to_new=False, prompts=None)
 WORLD_EPOCHS = 50  # on the drawn data sets the recipes are the papers' but for this, so that a run takes seconds
 
 
@@ -78,10 +80,15 @@ def resolve_settings(args, methods, data_name, method, shots, seed):
     backbone, backbone_path = identify_backbone(args.backbone or ("tiny" if is_drawn else "ViT-B/16"))
     defaults = methods[method].default_options()
     options = parse_options(method, defaults, args.set)
+    learned = None if args.prompts is None else read_learned(args.prompts, method)
+    if learned:
+        options = learned.options(defaults) | options
     recipe, data_options = resolve_recipe(methods[method].recipe, options, "" if data_path else name, shots)
     templates = recipe.pop("templates", [])
+    recipe = {} if learned else recipe  # nothing is trained
     flags = {flag: getattr(args, flag) for flag in RECIPE_FLAGS if flag in recipe and getattr(args, flag) is not None}
     others = {flag: getattr(args, flag) for flag in OTHER_FLAGS} | dict(template=" | ".join(args.template))
+    others["prompts"] = learned and learned.name
     # Each is compared with its own default: a method may have an option that is called like a flag.
     changed = {}
     for option, value in differences(options, defaults | data_options).items():

@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import math
+import random
 import shutil
 import struct
 import sys
@@ -22,6 +23,7 @@ from clip_min import read_safetensors
 from coop import CoOp
 from support import charts
 from support.machine import Machine
+from support.scores import score as scores_of
 
 CELL = charts.THUMBNAIL + charts.GAP  # of a sheet, without the lines of text
 COLOURS = {"red": (220, 40, 40), "green": (40, 200, 60), "blue": (50, 60, 220)}
@@ -101,15 +103,58 @@ def test_a_run_is_described_by_its_classes_and_confusions(runs, capsys):
     start(runs[0])
     out = capsys.readouterr().out
     rows = [line.strip("| ").split(" | ") for line in out.splitlines() if line.startswith("|") and "--" not in line]
-    assert rows == [["class", "right", "of", "%"], ["green", "1", "4", "25.0"], ["red", "3", "4", "75.0"],
-                    ["blue", "1", "1", "100.0"],
+    assert rows == [["class", "right", "of", "%", "precision", "F1"], ["green", "1", "4", "25.0", "100.00", "40.00"],
+                    ["red", "3", "4", "75.0", "100.00", "85.71"], ["blue", "1", "1", "100.0", "20.00", "33.33"],
                     ["class", "taken for", "times"], ["green", "blue", "3"], ["red", "blue", "1"]]
-    assert "balanced      66.67 %" in out
+    assert "balanced      66.67 %" in out and "macro F1      53.02 %" in out
     losses = result(runs[0])["losses"]
     assert f"{losses[0]:.3f} to {losses[-1]:.3f} in 2 epochs" in out and f"{result(runs[0])['accuracy']:.2f} %" in out
     with (runs[0] / "report.csv").open(newline="") as file:
         tables = [row[0] for row in csv.reader(file)]
-    assert tables == ["table"] + ["class"] * 3 + ["confusion"] * 2 + ["context"] * 3 * 16
+    assert tables == ["table"] + ["class"] * 3 + ["mean"] + ["confusion"] * 2 + ["context"] * 3 * 16
+
+
+# The pictures' classes and the predicted ones, a letter each -> rows and macro F1, as scikit-learn computes them.
+SCORES = {
+    "each right": ("aab", "aab", [("a", 2, 2, "100.0", "100.00", "100.00"), ("b", 1, 1, "100.0", "100.00", "100.00")],
+                   100),
+    "c is never predicted": ("aabc", "aaba", [("c", 0, 1, "0.0", "0.00", "0.00"),
+                                              ("a", 2, 2, "100.0", "66.67", "80.00"),
+                                              ("b", 1, 1, "100.0", "100.00", "100.00")], 60),
+    "d has no pictures": ("aaab", "aadb", [("a", 2, 3, "66.7", "100.00", "80.00"),
+                                           ("b", 1, 1, "100.0", "100.00", "100.00"), ("d", 0, 0, "", "0.00", "0.00")],
+                          60),
+    "all wrong": ("ab", "ba", [("a", 0, 1, "0.0", "0.00", "0.00"), ("b", 0, 1, "0.0", "0.00", "0.00")], 0),
+    "one class": ("a", "a", [("a", 1, 1, "100.0", "100.00", "100.00")], 100),
+}
+
+
+def answered(classes, predicted):
+    return [{"class": name, "predicted class": other} for name, other in zip(classes, predicted, strict=True)]
+
+
+@pytest.mark.parametrize("case", SCORES)
+def test_precision_and_f1_are_scikit_learns(case):
+    classes, predicted, rows, macro_f1 = SCORES[case]
+    scores = scores_of(answered(classes, predicted))
+    assert scores.classes == rows and scores.macro_f1 == pytest.approx(macro_f1)
+    assert ("mean", "of the classes", "", "", f"{scores.balanced:.2f}", "", f"{macro_f1:.2f}") in scores.csv_lines()
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_any_predictions_are_scored_as_scikit_learn_scores_them(seed):
+    metrics = pytest.importorskip("sklearn.metrics", reason="scikit-learn is not installed")
+    rng = random.Random(seed)  # a is never predicted, g has no pictures
+    classes, predicted = rng.choices("abcdef", k=30), rng.choices("bcdefg", k=30)
+    scores = scores_of(answered(classes, predicted))
+    precision, recall, f1, count = metrics.precision_recall_fscore_support(classes, predicted, zero_division=0)
+    labels = sorted({*classes, *predicted})
+    expected = {name: (n, f"{100 * p:.2f}", f"{100 * f:.2f}") for name, n, p, f in zip(
+        labels, count, precision, f1, strict=True)}
+    assert {name: (of, p, f) for name, _, of, _, p, f in scores.classes} == expected
+    assert {name: percent for name, *_, percent, _, _ in scores.classes} == {
+        name: f"{100 * r:.1f}" if n else "" for name, r, n in zip(labels, recall, count, strict=True)}
+    assert scores.macro_f1 == pytest.approx(100 * metrics.f1_score(classes, predicted, average="macro"))
 
 
 def test_a_run_without_training_is_described_without_a_loss_or_contexts(runs, capsys):

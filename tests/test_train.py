@@ -41,7 +41,7 @@ KEYS = SETTINGS | {
     "classes", "train_images", "test_images", "zero_shot", "accuracy", "published", "published_source", "shifts",
     "base_to_new", "variance", "trainable_parameters", "seconds_training", "seconds_total", "epochs", "losses", "picks",
     "torch",
-    "device",
+    "device", "prompts",
 }
 TIMES = {"seconds_training", "seconds_total"}
 COLOURS = {"red": (220, 40, 40), "green": (40, 200, 60), "blue": (50, 60, 220)}
