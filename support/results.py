@@ -63,6 +63,8 @@ def read_result(path, zero_shot_options):
         result = json.loads(path.read_text("utf-8"))
         entries = entries_of(settings_of(result), result, zero_shot_options)
         variance = result.setdefault("variance", {}).get("before", {})
+        made_of = result.setdefault("made_of", {})  # a run of before has none
+        result["made_of"] = made_of | dict(shifts={**made_of.get("shifts", {})}) if made_of else {}
         is_finite = math.isfinite(sum(result["losses"]) + sum(variance.values()))
         if not is_finite or not all(0 <= entry.accuracy <= 100 for entry in entries):
             raise ValueError("an accuracy is not from 0 to 100, or a loss not finite")

@@ -34,16 +34,22 @@ def load(name, activation=None):
 # ---- From a name to a file ----
 
 
-def find_weights(name):
-    """The weights file that a name, a folder or a path means. What a name means is fetched at first use."""
+def local_weights(name):
+    """The weights file that a name, a folder or a path means, or None where it has to be fetched or there is none."""
     if name == "tiny":
         return ASSETS / "tiny_clip.safetensors.gz"
     path, cache, dashed = Path(name).expanduser(), Path.home() / ".cache" / "clip", dashes(name)
-    repository = {dashes(model): repository for model, repository in OPENAI_MODELS.items()}.get(dashed, name)
     places = [path, cache / f"{dashed}.pt", cache / f"{dashed}.safetensors"]  # OpenAI's package uses the second
-    for place in places + [folder / file for folder in (path, cache / repository) for file in CONFIGURATIONS]:
-        if place.is_file():
-            return place
+    places += [folder / file for folder in (path, cache / repository_of(name)) for file in CONFIGURATIONS]
+    return next((place for place in places if place.is_file()), None)
+
+
+def find_weights(name):
+    """As local_weights(), but what a name means is fetched at first use, and a UserError says what is missing."""
+    found = local_weights(name)
+    if found:
+        return found
+    path, cache, repository = Path(name).expanduser(), Path.home() / ".cache" / "clip", repository_of(name)
     if path.is_dir():
         kind = "is a diffusion pipeline" if (path / "model_index.json").exists() else "has no weights of a CLIP"
         raise UserError(f"The folder {path} {kind}: give one with {' or '.join(CONFIGURATIONS)}.")
@@ -55,6 +61,11 @@ def find_weights(name):
     if found is None:
         raise UserError(f"{repository} on the hub has none of {', '.join(CONFIGURATIONS)}: name another.")
     return found
+
+
+def repository_of(name):
+    """The repository of OpenAI's models; any other name is one itself."""
+    return {dashes(model): repository for model, repository in OPENAI_MODELS.items()}.get(dashes(name), name)
 
 
 def dashes(name):  # ViT-L/14@336px -> ViT-L-14-336px
