@@ -59,7 +59,7 @@ def benchmark_state(name, root, base_to_new):
 
 def is_as_recorded(result, name, root, base_to_new):
     """Whether a benchmark has the classes and pictures that a run of it was made of."""
-    state = benchmark_state(name, root, base_to_new)
+    state = benchmark_state(name, Path(root).absolute(), base_to_new)
     return state and all(result["made_of"].get(key) == found for key, found in state.items())
 
 
@@ -135,7 +135,7 @@ def data_changes(folder, result, bench, trained_on=None):
     found = differences("picture", used, used_now)
     others = [path for path, what in used.items() if used_now.get(path, what) != what]
     if others:
-        found.append(f"{count(others, 'picture')} with another class or content: {shortened(others)}")
+        found.append(f"{count(others, 'picture')} with another class, part or content: {shortened(others)}")
     if not found and (is_recorded or trained_on is not None and result["picks"] != bench.picks):
         found.append(f"pictures of {bench.folder} were added, removed, moved or overwritten")
     return found
@@ -153,7 +153,7 @@ def count(names, what):
 
 
 def find_moved(folder, saved, moved_to):
-    """-> the path of a run's own pictures, "" for a benchmark. saved: what prompts.pt holds; moved_to: --data or None."""
+    """-> where a run's own pictures are, "" for a benchmark. saved: what prompts.pt holds; moved_to: --data or None."""
     if not moved_to:
         return saved["data_path"]
     if not saved["data_path"]:

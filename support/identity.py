@@ -6,7 +6,6 @@ support/changes.py compares. Equal digests mean equal things, on any machine and
 
 import functools
 import hashlib
-import json
 from pathlib import Path
 
 import torch
@@ -45,7 +44,7 @@ def made_of(bench, trained_on, weights, targets=()):
 
 
 def digest(value):
-    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
+    return hashlib.sha256(ascii(value).encode()).hexdigest()
 
 
 def of_pictures(bench):
