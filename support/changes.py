@@ -71,8 +71,8 @@ def load_result(folder):
         made = {"shifts": {}} | result["made_of"]
         return result | dict(shifts={**result["shifts"]}, made_of=made | dict(shifts={**made["shifts"]}))
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise UserError(f"{folder / 'result.json'} is no result of train.py ({error!r}): repeat the run with "
-                        "--again.") from error
+        raise UserError(f"{folder / 'result.json'} is no result of train.py ({type(error).__name__}: {error}): "
+                        "repeat the run with --again.") from error
 
 
 def add_to_result(folder, shifts, variance, targets):

@@ -20,16 +20,21 @@ FEW = 20_000  # own pictures: of more only those that are tested are read, since
 def content(path):
     """sha256 of a user's own picture, read once per command unless it is written to. UserError if it cannot be read."""
     try:
-        state = Path(path).stat()
-        return digest_of_picture(str(path), state.st_size, state.st_mtime_ns)
+        return digest_of_picture(Path(path), stamp(path))
     except OSError as error:
         raise UserError(f"{path} cannot be read as a picture ({type(error).__name__}: {error.strerror}): see to "
                         "permissions and memory") from error
 
 
+def stamp(path):
+    """-> what changes where a file is written to or another one takes its place."""
+    state = Path(path).stat()
+    return state.st_ino, state.st_size, state.st_mtime_ns
+
+
 @functools.cache
-def digest_of_picture(path, size, time):
-    return file_digest(Path(path), "sha256")
+def digest_of_picture(path, stamp):
+    return file_digest(path, "sha256")
 
 
 def made_of(bench, trained_on, weights, targets=()):
@@ -78,9 +83,9 @@ def of_clip(clip):
 def of_backbone(name, activation):
     """-> of_clip() of the weights that a name or a path means, or None where they would have to be fetched."""
     file = local_weights(name)
-    return file and digest_of_weights(file, file.stat().st_mtime_ns, activation)
+    return file and digest_of_weights(file, stamp(file), activation)
 
 
 @functools.cache  # a sweep reads them once
-def digest_of_weights(file, time, activation):
+def digest_of_weights(file, stamp, activation):
     return of_clip(load_clip(file, activation=activation))

@@ -69,8 +69,9 @@ def read_result(path, zero_shot_options):
         if not is_finite or not all(0 <= entry.accuracy <= 100 for entry in entries):
             raise ValueError("an accuracy is not from 0 to 100, or a loss not finite")
         return entries, result
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:  # any file can have that name
-        print(f"warning: {path} is left out, it is no result of train.py ({error!r})", file=sys.stderr)
+    except (OSError, ArithmeticError, ValueError, LookupError, TypeError, AttributeError) as error:  # any file
+        print(f"warning: {path} is left out, it is no result of train.py ({type(error).__name__}: {error})",
+              file=sys.stderr)
 
 
 def entries_of(settings, result, zero_shot_options):
