@@ -266,11 +266,15 @@ def test_a_finished_run_is_tested_on_what_is_asked_besides_as_a_new_one_is(place
     assert len(capsys.readouterr().out.splitlines()) == 1
 
 
-def test_further_data_are_added_and_the_average_is_over_all_that_are_named(place, start, capsys):
+def test_further_data_are_added_and_the_average_is_over_all_that_are_named(place, start, capsys, monkeypatch):
     first, second = shift(place, "first"), shift(place, "second", seed=1)
     assert start("--eval-on", first) == 0
     capsys.readouterr()
+    tested, evaluate_on = [], train.evaluate_on
+    monkeypatch.setattr(train, "evaluate_on", lambda method, target, *args: (
+        tested.append(target.folder) or evaluate_on(method, target, *args)))
     assert start("--eval-on", first, second) == 0
+    assert tested == [second]
     found = result(only_run(place / "runs"))["shifts"]
     assert list(found) == [str(first), str(second)]
     mean = sum(found.values()) / 2
@@ -285,6 +289,17 @@ def test_shifted_data_with_other_pictures_are_tested_again(place, start, capsys)
     assert start("--eval-on", target) == 0
     assert "other pictures than when a run was tested on it" in capsys.readouterr().err
     assert result(only_run(place / "runs"))["made_of"]["shifts"] != before
+
+
+def test_a_shifted_benchmark_with_other_pictures_is_tested_again_and_one_that_is_gone_is_not(tmp_path, capsys):
+    flags = ["--method", "zeroshot", "--root", tmp_path / "root", "--out", tmp_path / "runs", "--eval-on", "shapes_v2"]
+    assert main(*flags) == 0
+    (tmp_path / "root/shapes_v2/test/red_dotted_shape/000.png").unlink()
+    assert main(*flags) == 0
+    assert "shapes_v2   " in capsys.readouterr().out.rpartition("finished ")[2]
+    shutil.rmtree(tmp_path / "root" / "shapes_v2")
+    assert main(*flags) == 0
+    assert "shapes_v2   " not in capsys.readouterr().out and not (tmp_path / "root" / "shapes_v2").exists()
 
 
 @pytest.mark.parametrize("wrong", ["nowhere", "plaid"])
