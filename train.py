@@ -39,7 +39,7 @@ from dpt import CAVPT, DPT, VLP
 from fgvpl import FGVPL
 from support.benchmarks import published
 from support.changes import add_to_result, look_again, require_same_weights
-from support.checks import columns, warn_of_copies
+from support.checks import columns
 from support.console import advice, exit_status, print_settings, quoted, show_epoch
 from support.identity import made_of, of_clip
 from support.loading import load_data, load_shifts
@@ -115,7 +115,6 @@ def run(settings, folder, args, machine):
         made = made_of(bench, trained_on, of_clip(clip), targets)
     settings = replace(settings, activation=clip.activation, templates=settings.templates or list(bench.templates))
     warn_of_moved(bench, folder.parents[1])
-    warn_of_copies(bench, trained_on)
 
     torch.manual_seed(settings.seed)  # initial prompts and dropout; pictures have random streams of their own
     method = METHODS[settings.method](clip, bench.classnames, settings.templates, **settings.options).to(machine.device)

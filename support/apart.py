@@ -23,12 +23,13 @@ def tell_apart(results):
         for entry in entries:
             columns.setdefault(entry.column, {}).setdefault(of_data(entry, result), folder)
             backbones.setdefault(entry.row.backbone, {}).setdefault(of_weights(result), folder)
-    for name, runs in [*columns.items(), *backbones.items()]:
-        runs.pop(None, None)  # of before, and of a benchmark or weights that hardly change: they stay where they are
-        if len(runs) > 1:
-            shown = [f"{digest} such as {folder}" for digest, folder in runs.items()]
-            print(f"warning: runs of {name} were made of different classes, pictures or weights and are shown apart: "
-                  f"{'; '.join(shown)}: repeat the older ones with --again", file=sys.stderr)
+    for what, names in ("classes or pictures", columns), ("weights", backbones):
+        for name, runs in names.items():
+            runs.pop(None, None)  # of before, of a benchmark or of well-known weights: they stay where they are
+            if len(runs) > 1:
+                shown = "; ".join(f"{found} such as {folder}" for found, folder in runs.items())
+                print(f"warning: runs of {name} were made of different {what} and are shown apart ({shown}): repeat "
+                      "the older ones with --again", file=sys.stderr)
     told, apart = [], set()
     for _, entries, result in results:
         of_run = []

@@ -1,8 +1,8 @@
 """What is checked of a data set before a run, and what else the run may be tested on.
 
-data.load() calls warn_of_few() and warn_of_names(). train.py calls warn_of_copies(), split_classes() for --base-to-new,
-and for --eval-on require_same_classes(), columns() and, as report.py does, without_trained(). Data that would make a
-number meaningless end in one sentence, doubtful data in a warning.
+data.load() calls warn_of_few() and warn_of_names(). support/loading.py calls warn_of_copies(), split_classes() for
+--base-to-new, and for --eval-on require_same_classes() and, as report.py does, without_trained(). train.py calls
+columns(). Data that would make a number meaningless end in one sentence, doubtful data in a warning.
 """
 
 import math
@@ -40,13 +40,13 @@ def warn_of_names(bench):
             warn(f"to CLIP {shortened(places)} have the same class name: give them different names")
 
 
-def warn_of_copies(bench, trained_on):
-    """Warn of own test pictures that are copies of training pictures. trained_on: Benchmark.fingerprints()."""
-    if not bench.own or not trained_on:
+def warn_of_copies(bench):
+    """Warn of own test pictures that are copies of training pictures."""
+    if not bench.own:
         return
     contents = own_contents(bench)
     trained = {found: path for (subset, path), found in contents.items() if subset == "train"}
-    trained |= {found: path for path, found in trained_on.items()}
+    trained |= {found: path for path, found in bench.fingerprints().items()}
     tested = [bench.relative(path) for path, _ in bench.test]
     copies = [path for path in tested if contents["test", path] in trained]
     if copies:

@@ -6,7 +6,7 @@ not fit the command end in one sentence.
 
 import data
 from clip_min import UserError
-from support.checks import require_same_classes, split_classes, without_trained
+from support.checks import require_same_classes, split_classes, warn_of_copies, without_trained
 
 
 def load_data(settings, args):
@@ -14,6 +14,8 @@ def load_data(settings, args):
     bench = data.load(settings.data_path or settings.data, args.root, settings.shots, settings.seed)
     if settings.recipe and not bench.train:
         raise UserError(f"{bench.name} has test pictures only: train on other data, with --eval-on {bench.name}.")
+    if settings.recipe:
+        warn_of_copies(bench)
     return split_classes(bench) if args.base_to_new else (bench, None)
 
 

@@ -334,7 +334,7 @@ def test_copies_in_a_folder_that_is_divided_by_itself_are_one_warning(tmp_path, 
         shutil.copy(picture, picture.with_name(f"{picture.stem} (1).png"))
     bench = data.load(tmp_path, shots=4)
     capsys.readouterr()
-    checks.warn_of_copies(bench, bench.fingerprints())
+    checks.warn_of_copies(bench)
     (warning,) = capsys.readouterr().err.splitlines()
     trained = {path.replace(" (1)", "") for path in data.load(tmp_path, shots=0).fingerprints()}
     both = [path for path, _ in bench.test if bench.relative(path).replace(" (1)", "") in trained]

@@ -352,8 +352,8 @@ def test_data_says_where_the_pictures_of_a_run_are_now(moved, runs, capsys, feat
 @pytest.mark.parametrize("flag", ["--mistakes", "--features"])
 def test_pictures_that_were_moved_are_one_sentence_that_names_data(moved, runs, capsys, features, flag):
     start(runs[0], flag, status=2)
-    assert capsys.readouterr().err == (f"error: The pictures of {runs[0]} are not at /gone/photos any more: --data PATH "
-                                       "says where they are now.\n")
+    where = f"The pictures of {runs[0]} are not at /gone/photos any more"
+    assert capsys.readouterr().err == f"error: {where}: --data PATH says where they are now.\n"
     start(runs[0], flag, "--data", moved / "nowhere", status=2)
     assert "nowhere is no folder" in capsys.readouterr().err
 

@@ -277,7 +277,8 @@ def test_shifted_data_with_other_pictures_have_a_column_of_their_own(tmp_path, c
     assert all(" → /b (" in name for name in head[4:])
 
 
-@pytest.mark.parametrize("made", [None, 3, [1], {"shifts": 3}, {"pictures": 3}, {"weights": [1], "pictures": {}}], ids=str)
+@pytest.mark.parametrize("made", [None, 3, [1], {"shifts": 3}, {"pictures": 3}, {"weights": [1], "pictures": {}}],
+                         ids=str)
 def test_a_broken_record_of_what_a_run_was_made_of_is_no_traceback(tmp_path, capsys, made):
     write_run(tmp_path, 60.0)
     write_run(tmp_path, 64.0, seed=2, results=dict(made_of=made))
