@@ -19,7 +19,7 @@ import math
 import random
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -30,9 +30,9 @@ from clip_min import MEAN, STD, UserError, preprocess
 from support.benchmarks import BENCHMARKS, Source, identify, read_benchmark
 from support.checks import warn_of_few, warn_of_names, warn_of_untested
 from support.console import show
-from support.downloads import file_digest
 from support.files import readable
 from support.folders import find_files
+from support.identity import content
 from support.own import read_folder
 from support.pictures import as_its_owner_sees_it, is_grey_of_16_bits, opened, scale_grey
 from support.world import WORLD, find_world
@@ -55,12 +55,18 @@ class Benchmark:
     folder: Path  # every path begins with it
     own: bool = False  # these are a user's own pictures, see read()
     class_ids: list[int] | None = None  # by label, the numbers of ImageNet's classes, where these are some of them
+    division: str = field(default="", compare=False, repr=False)  # all pictures that shots are drawn from or tested
 
     @property
     def picks(self):
         """sha256 of the training list: the same pictures in the same order give the same."""
         lines = (f"{self.relative(path)} {label}\n" for path, label in self.train)
         return hashlib.sha256("".join(lines).encode("utf-8", "surrogateescape")).hexdigest()
+
+    @property
+    def title(self):
+        """The name that no other data set has: of a user's own the folder."""
+        return str(self.folder) if self.own else self.name
 
     def relative(self, path):
         """A picture's path in the folder, which is the same on any machine."""
@@ -71,7 +77,7 @@ class Benchmark:
 
         Benchmarks have a fixed split: their pictures, a million on ImageNet, are not read for it.
         """
-        return {self.relative(path): file_digest(Path(path), "sha256") if self.own else "" for path, _ in self.train}
+        return {self.relative(path): content(path) if self.own else "" for path, _ in self.train}
 
 
 def load(name_or_folder, root="data", shots=16, seed=1, whole=False):
@@ -95,13 +101,15 @@ def load(name_or_folder, root="data", shots=16, seed=1, whole=False):
             folder, split, classnames, class_ids = read_benchmark(name, root)
             template = BENCHMARKS[name].template
 
+    division = "\0".join(f"{subset} {label} {path}" for subset, items in split.items() for path, label in items)
     if shots:
         warn_of_few(split["train"], classnames, shots, own=bool(own_path))
         rng = random.Random(seed)  # the stream of CoOp's random.seed(seed); the global one is left alone
         split["train"] = sample(split["train"], shots, rng)
         split["val"] = sample(split["val"], min(shots, 4), rng)
     bench = Benchmark(name, [classname.replace("_", " ") for classname in classnames], (template,),
-                      **find_files(folder, split), folder=folder, own=bool(own_path), class_ids=class_ids)
+                      **find_files(folder, split), folder=folder, own=bool(own_path), class_ids=class_ids,
+                      division=division)
     warn_of_names(bench)
     warn_of_untested(bench)
     return bench

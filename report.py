@@ -21,13 +21,14 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import Image
 
 import data
 import train
 from clip_min import Method, UserError, preprocess
 from support import attention, charts
 from support.benchmarks import identify, published
+from support.changes import find_moved, load_again
 from support.checks import without_trained
 from support.console import exit_status, quoted, show
 from support.folders import SUFFIXES, pictures_below, shortened
@@ -53,6 +54,7 @@ def parse_arguments(argv):
     add("runs", nargs="*", metavar="RUN", help="folders of finished runs (default: a table of all runs)")
     add("--out", default="runs", help="where the runs are (default: runs)")
     add("--root", default="data", help="where data sets are (default: data)")
+    add("--data", metavar="PATH", help="where the run's own pictures are now (default: where they were)")
     add("--mistakes", type=above(0, int), nargs="?", const=20, metavar="N", help="how many (default: 20)")
     add("--predict", nargs="+", metavar="PATH", help="pictures, or folders of pictures")
     add("--csv", metavar="FILE", help="with --predict: write the predictions there, too")
@@ -82,11 +84,11 @@ def report(args, unreadable):
         raise UserError("--csv and --threshold are for --predict: give it, too.")
     if (args.csv or args.export) and len(args.runs) > 1:
         raise UserError("--csv and --export write one file: name one run.")
-    if any(asked) and not args.runs:
+    if (any(asked) or args.data) and not args.runs:
         raise UserError("Name the folder of a finished run first, such as runs/shapes/coop/tiny_16shot_seed1.")
     if not args.runs:
         summarise(Path(args.out))
-    runs = [open_run(Path(folder), args.device) for folder in args.runs]
+    runs = [open_run(Path(folder), args.device, args.data) for folder in args.runs]
     if args.attention:
         draw_attention(runs, args.attention)
     for run in runs:
@@ -106,8 +108,9 @@ def report(args, unreadable):
             draw_features(run, args.features, args.root)
 
 
-def open_run(folder, device):
+def open_run(folder, device, moved_to=None):
     saved, method = read_prompts(folder), train.load_run(folder, device)
+    saved["data_path"] = find_moved(folder, saved, moved_to)
     try:
         settings, machine = settings_of(saved), choose_machine(device, saved["precision"], workers=None)
         label_of(settings)
@@ -170,9 +173,10 @@ def describe(run):
 
 def draw_mistakes(run, count, root):
     """RUN/mistakes.png: the test pictures whose wrong class had the highest probability."""
-    bench = data.load(run.saved["data_path"] or run.saved["data"], root, shots=0)
+    bench = load_again(run.folder, run.saved, root)
     _, _, predictions = read_run(run)
-    wrong = [row for row in predictions if row["class"] != row["predicted class"]]
+    wrong = [row for row in predictions if row["class"] != row["predicted class"]
+             and (bench.folder / row["picture"]).exists()]  # those that are gone were named
     if not wrong:
         raise UserError(f"{run.folder} made no mistake on its test pictures.")
     shown = []
@@ -265,15 +269,6 @@ def export(run, path):
 # ---- Pictures of one run ----
 
 
-def read_pictures(files, run):
-    """-> images (B, 3, R, R), and for each a row of a sheet, which begins with the square that CLIP sees."""
-    transform = preprocess(run.method.clip.visual.resolution)
-    pictures = [data.read(file, own=True) for file in files]
-    images = torch.stack([transform(picture) for picture in pictures]).to(run.machine.device)
-    squares = [ImageOps.fit(picture, (charts.THUMBNAIL, charts.THUMBNAIL)) for picture in pictures]
-    return images, [[(square, [Path(file).name])] for square, file in zip(squares, files, strict=True)]
-
-
 def zero_shot_of(method):
     return Method(method.clip, method.classnames, method.templates)
 
@@ -281,11 +276,11 @@ def zero_shot_of(method):
 @torch.no_grad()
 def draw_attention(runs, files):
     """RUN/attention.png: for each picture the maps of zero-shot CLIP and of the runs."""
-    titles, rows = ["picture"], read_pictures(files, runs[0])[1]
+    titles, rows = ["picture"], attention.read_pictures(files, runs[0].method)[1]
     columns = [("zero-shot", zero_shot_of(runs[0].method), runs[0])]
     columns += [(label_of(run.settings), run.method, run) for run in runs]
     for title, method, run in columns:
-        images, _ = read_pictures(files, run)  # runs may have different backbones
+        images, _ = attention.read_pictures(files, run.method)  # runs may have different backbones
         with run.machine.autocast():
             best, classes = method(images).float().softmax(dim=-1).max(dim=-1)
             maps = attention.maps(method, images)
@@ -304,7 +299,7 @@ def draw_prompt_attention(run, files):
     Deep prompts are keys and values and have no query, so they look at nothing themselves. What is shown is the share
     of its attention that each patch would give to the prompt, the mean of the heads.
     """
-    images, rows = read_pictures(files, run)
+    images, rows = attention.read_pictures(files, run.method)
     with run.machine.autocast():
         weights = attention.weights(run.method, images)  # (B, H, T, T+P)
     n = len(run.method.clip.visual.positional_embedding)  # class token and patches; prompts stand behind them
@@ -328,7 +323,7 @@ def draw_features(run, names, root):
     if len(names) > 10 or not set(names) <= set(known):
         raise UserError(f"--features takes up to ten of the classes {shortened(known)}.")
     labels = [known.index(name) for name in names] or list(range(min(10, len(known))))
-    bench = data.load(run.saved["data_path"] or run.saved["data"], root, shots=0)
+    bench = load_again(run.folder, run.saved, root)
     items = [(path, labels.index(label)) for path, label in bench.test if label in labels]
     if not items:
         raise UserError(f"{bench.name} has no test pictures of these classes: name others.")

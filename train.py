@@ -38,8 +38,11 @@ from coop import CoOp
 from dpt import CAVPT, DPT, VLP
 from fgvpl import FGVPL
 from support.benchmarks import published
-from support.checks import columns, require_same_classes, split_classes, without_trained
+from support.changes import add_to_result, look_again, require_same_weights
+from support.checks import columns
 from support.console import advice, exit_status, print_settings, quoted, show_epoch
+from support.identity import made_of, of_clip
+from support.loading import load_data, load_shifts
 from support.machine import average, cast_products, choose_machine, gather, join_processes, process_0_first
 from support.prompts import read_learned
 from support.runs import Checkpoint, device_name, rates, read_prompts, require_finite, reserve, save_run, warn_of_moved
@@ -97,9 +100,11 @@ def sweep(args):
         for combination in itertools.product(args.data, args.method, args.shots, args.seeds):
             settings = resolve_settings(args, METHODS, *combination)
             folder = Path(args.out) / settings.folder
-            with reserve(folder, args.again, machine) as is_ours:
-                if is_ours:
+            with reserve(folder, args.again, machine) as state:
+                if state == "ours":
                     run(settings, folder, args, machine)
+                elif state == "finished":
+                    revisit(settings, folder, args, machine)
 
 
 def run(settings, folder, args, machine):
@@ -108,8 +113,9 @@ def run(settings, folder, args, machine):
     learned = None if args.prompts is None else read_learned(args.prompts, settings.method)
     with process_0_first(machine):  # it fetches what is not there yet
         bench, new_classes, trained_on = load_data(settings, args, learned)
-        targets = load_shifts(args, bench, trained_on)
+        targets = load_shifts(args.eval_on, args.root, bench, trained_on)
         clip = load_clip(settings.backbone_path or settings.backbone, machine.device, settings.activation or None)
+        made = made_of(bench, trained_on, of_clip(clip), targets)
     settings = replace(settings, activation=clip.activation, templates=settings.templates or list(bench.templates))
     warn_of_moved(bench, folder.parents[1])
 
@@ -127,7 +133,8 @@ def run(settings, folder, args, machine):
     print(f"zero-shot   {before.accuracy:.2f} %")
 
     began = time.time()
-    description = asdict(settings) | dict(classnames=method.classnames, class_ids=bench.class_ids, train=trained_on)
+    description = asdict(settings) | dict(classnames=method.classnames, class_ids=bench.class_ids, train=trained_on,
+                                          weights=made["weights"])
     checkpoint = Checkpoint(folder.with_name(f"{folder.name}.checkpoint"), description, machine)
     epoch_losses = learn(method, bench, settings, machine, checkpoint) if settings.recipe else []
     seconds_training = time.time() - began
@@ -149,27 +156,12 @@ def run(settings, folder, args, machine):
         zero_shot=before.accuracy, accuracy=after.accuracy, published=paper, published_source=source, shifts=shifts,
         base_to_new=base_to_new, variance=variance, trainable_parameters=count_learned(method),
         seconds_training=seconds_training, seconds_total=time.time() - started, epochs=len(epoch_losses),
-        losses=epoch_losses, picks=bench.picks, torch=torch.__version__, device=device_name(machine.device),
-        prompts=str(learned.path) if learned else "")
+        losses=epoch_losses, picks=bench.picks, made_of=made, torch=torch.__version__,
+        device=device_name(machine.device), prompts=str(learned.path) if learned else "")
     if machine.rank == 0:
         save_run(folder, bench, method, description, after, result)
         checkpoint.remove()
         print(f"saved       {folder}")
-
-
-def load_data(settings, args, learned):
-    """-> the Benchmark to train on; with --base-to-new that of the other half of its classes, else None; fingerprints.
-
-    They are those of the pictures that the method learns from, or that the prompts of --prompts were learned from.
-    """
-    bench = data.load(settings.data_path or settings.data, args.root, settings.shots, settings.seed)
-    if settings.recipe and not bench.train:
-        raise UserError(f"{bench.name} has test pictures only: train on other data, with --eval-on {bench.name}.")
-    if learned:
-        bench = without_trained(bench, learned.trained_on(bench.folder), bench.folder)
-    bench, new_classes = split_classes(bench) if args.base_to_new else (bench, None)
-    trained_on = learned.trained_on(bench.folder) if learned else bench.fingerprints() if settings.recipe else {}
-    return bench, new_classes, trained_on
 
 
 def make_method(settings, clip, bench, device, learned):
@@ -179,11 +171,21 @@ def make_method(settings, clip, bench, device, learned):
     return learned.method(bench, make, settings) if learned else make(bench.classnames)
 
 
-def load_shifts(args, bench, trained_on):
-    """-> the Benchmarks of --eval-on, which have the classes of `bench`, without the pictures that are trained on."""
-    targets = [data.load(name, args.root, shots=0, whole=True) for name in args.eval_on]
-    require_same_classes(bench, targets)
-    return [without_trained(target, trained_on, bench.folder) for target in targets]
+def revisit(settings, folder, args, machine):
+    """A finished run: UserError if what it was made of has changed. --eval-on and --variance are added to it."""
+    asked = look_again(settings, folder, args, machine)
+    if not asked:
+        return
+    bench, targets, known = asked
+    method = load_run(folder, machine.device)
+    zero_shot = Method(method.clip, method.classnames, method.templates)
+    if machine.dtype:
+        cast_products(method.clip, machine.dtype)
+    test = data.plain_batches(bench.test, method.clip, machine.device, machine.workers, bench.own)
+    variance = known["variance"] or (compare_variances(zero_shot, method, test, machine) if args.variance else {})
+    shifts = evaluate_shifts(method, settings, bench, targets, known["accuracy"], machine, known["shifts"])
+    if machine.rank == 0:
+        add_to_result(folder, shifts, variance, targets)
 
 
 def learn(method, bench, settings, machine, checkpoint):
@@ -279,12 +281,16 @@ def evaluate(method, batches, machine):
                       predicted=predicted.int().tolist(), probability=best.exp().tolist())
 
 
-def evaluate_shifts(method, settings, bench, targets, accuracy, machine):
-    """--eval-on: UPT's Table 1 and DPT's Table III -> {data set: accuracy}. accuracy: on the training's data set."""
-    shifts = {}
+def evaluate_shifts(method, settings, bench, targets, accuracy, machine, known=()):
+    """--eval-on: UPT's Table 1 and DPT's Table III -> {data set: accuracy}. accuracy: on the training's data set.
+
+    known: {data set: accuracy} of those that need not be tested again.
+    """
+    shifts = dict(known)
     for target in targets:
-        name = str(target.folder) if target.own else target.name
-        shifts[name] = evaluate_on(method, target, bench.class_ids, machine).accuracy
+        name = target.title
+        if name not in shifts:
+            shifts[name] = evaluate_on(method, target, bench.class_ids, machine).accuracy
         papers = [] if target.own else published(settings, name)
         print(f"{name:11} {shifts[name]:.2f} % of {len(target.test)} test pictures{quoted(papers)}")
     if shifts:
@@ -324,6 +330,7 @@ def load_run(folder, device=None):
     saved = read_prompts(folder)
     device = choose_machine(device, "fp32", 0).device
     clip = load_clip(saved["backbone_path"] or saved["backbone"], device, saved["activation"])
+    require_same_weights(folder, saved, clip)
     try:
         method = METHODS[saved["method"]](clip, saved["classnames"], saved["templates"], **saved["options"])
         method.load_learned(saved["tensors"])

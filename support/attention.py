@@ -1,9 +1,26 @@
 """What the image tower looks at: attention weights of its last block, whatever the method puts into it.
 
-report.py draws them. They are taken while the method encodes the pictures, so no method needs to know of it.
+report.py draws them beside the pictures of read_pictures(). They are taken while the method encodes the pictures, so no
+method needs to know of it.
 """
 
+from pathlib import Path
+
 import torch
+from PIL import ImageOps
+
+import data
+from clip_min import preprocess
+from support import charts
+
+
+def read_pictures(files, method):
+    """-> images (B, 3, R, R), and for each a row of a sheet, which begins with the square that CLIP sees."""
+    transform = preprocess(method.clip.visual.resolution)
+    pictures = [data.read(file, own=True) for file in files]
+    images = torch.stack([transform(picture) for picture in pictures]).to(method.clip.logit_scale.device)
+    squares = [ImageOps.fit(picture, (charts.THUMBNAIL, charts.THUMBNAIL)) for picture in pictures]
+    return images, [[(square, [Path(file).name])] for square, file in zip(squares, files, strict=True)]
 
 
 def maps(method, images):

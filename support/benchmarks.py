@@ -66,6 +66,17 @@ def identify(name_or_folder):
     return folder.resolve().name, str(folder.resolve())
 
 
+def is_here(name_or_folder, root):
+    """Whether a data set can be read without fetching or drawing any of it."""
+    name, own_path = identify(name_or_folder)
+    root = Path(root).expanduser()
+    if own_path or name in WORLD:
+        return Path(own_path or root / name).is_dir()
+    source = BENCHMARKS[name]
+    return any(has_images(source, place) and (place[0] / source.split).exists()
+               for place in possible_places(source, root))
+
+
 def read_benchmark(name, root):
     """-> the image folder, the split, the class names, and ImageNet's class numbers or None."""
     source, class_ids = BENCHMARKS[name], None

@@ -1,8 +1,8 @@
 """What is checked of a data set before a run, and what else the run may be tested on.
 
-data.load() calls the three warn_of_...(). train.py calls split_classes() for --base-to-new, and for --eval-on
-require_same_classes(), columns() and, as report.py does, without_trained(). Data that would make a number meaningless
-end in one sentence, doubtful data in a warning.
+data.load() calls warn_of_few(), warn_of_names() and warn_of_untested(). support/loading.py calls warn_of_copies(),
+split_classes() for --base-to-new, and for --eval-on require_same_classes() and, as report.py does, without_trained().
+train.py calls columns(). Data that would make a number meaningless end in one sentence, doubtful data in a warning.
 """
 
 import math
@@ -12,8 +12,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from clip_min import UserError
-from support.downloads import file_digest
 from support.folders import shortened, warn
+from support.identity import content, own_contents
 
 
 def warn_of_few(items, classnames, shots, own):
@@ -48,6 +48,20 @@ def warn_of_untested(bench):
     untested = [name for label, name in enumerate(bench.classnames) if label not in tested]
     if bench.own and untested:
         warn(f"{bench.folder} has no test pictures of {shortened(untested)}, which no accuracy counts")
+
+
+def warn_of_copies(bench):
+    """Warn of own test pictures that are copies of training pictures."""
+    if not bench.own:
+        return
+    contents = own_contents(bench)
+    trained = {found: path for (subset, path), found in contents.items() if subset == "train"}
+    trained |= {found: path for path, found in bench.fingerprints().items()}
+    tested = [bench.relative(path) for path, _ in bench.test]
+    copies = [path for path in tested if contents["test", path] in trained]
+    if copies:
+        warn(f"{len(copies)} of {len(tested)} test pictures of {bench.folder} are copies of training pictures, such as "
+             f"{copies[0]} of {trained[contents['test', copies[0]]]}: the accuracy is too high, remove one of each two")
 
 
 def split_classes(bench):
@@ -99,7 +113,7 @@ def without_trained(bench, trained, trained_folder):
         return bench
     paths, contents = trained if bench.folder == Path(trained_folder) else {}, set(trained.values())
     test = [(path, label) for path, label in bench.test
-            if bench.relative(path) not in paths and file_digest(Path(path), "sha256") not in contents]
+            if bench.relative(path) not in paths and content(path) not in contents]
     if not test:
         raise UserError(f"the run was trained on all {len(bench.test)} test pictures of {bench.folder}: test others")
     if len(test) < len(bench.test):

@@ -1,6 +1,6 @@
 """Names of CLIP weights, the Hugging Face hub and its cache: from what --backbone was given to a file on this machine.
 
-support/weights.py calls find_weights(). A cache is looked into first, and a file is fetched whole or not at all.
+support/weights.py calls find_weights(), support/identity.py local_weights(). A cache is looked into first, and a file is fetched whole or not at all.
 ways_to_the_hub() alone knows that the package huggingface_hub may be installed or not.
 """
 
@@ -29,20 +29,14 @@ class NotThere(Exception):
 
 
 def find_weights(name, check):
-    """The weights file that a name, a folder or a path means. What a name means is fetched at first use.
+    """As local_weights(), but what a name means is fetched at first use. UserError where there is nothing to fetch.
 
     check(file) raises an error unless a file that was just downloaded can be read to its end.
     """
-    if name == "tiny":
-        return ASSETS / "tiny_clip.safetensors.gz"
-    path, cache, dashed = Path(name).expanduser(), Path.home() / ".cache" / "clip", dashes(name)
-    openais = {dashes(model): repositories for model, repositories in OPENAI_MODELS.items()}
-    repositories = openais.get(dashed, [name])
-    places = [path, cache / f"{dashed}.pt", cache / f"{dashed}.safetensors"]  # OpenAI's package uses the second
-    folders = path, cache / repositories[0]
-    for place in places + [folder / file for folder in folders for file in CONFIGURATIONS]:
-        if place.is_file():
-            return place
+    found = local_weights(name)
+    if found:
+        return found
+    path, repository = Path(name).expanduser(), repositories_of(name)[0]
     if path.is_dir():
         kind = "has no weights of a CLIP"
         if (path / "model_index.json").exists():
@@ -50,38 +44,59 @@ def find_weights(name, check):
         elif any(path.glob("*.index.json")):
             kind = "has its weights in several files, which are not read together"
         raise UserError(f"The folder {path} {kind}: give one with {' or '.join(CONFIGURATIONS)}.")
-    if not re.fullmatch(r"(?!ViT-)[\w-]+/[\w.-]+", repositories[0]) or path.suffix in (".pt", ".bin", ".safetensors"):
+    if not is_repository(repository):
         raise UserError(f"There is no weights file {path}: give one, or a name of tiny, {', '.join(OPENAI_MODELS)}, or "
                         "owner/name of a CLIP on huggingface.co.")
-    return find_on_hub(repositories, dashed in openais, check)
+    _, fetch = ways_to_the_hub()
+    # What is in the cache without its configuration goes first.
+    for file in sorted(CONFIGURATIONS, key=lambda file: in_hub_cache(repository, file) is None):
+        try:
+            return fetch(repository, CONFIGURATIONS[file], file, check)
+        except NotThere:
+            continue
+    raise UserError(f"{repository} on the hub has none of {', '.join(CONFIGURATIONS)}: name another.")
+
+
+def local_weights(name):
+    """The weights file that a name, a folder or a path means, or None where it has to be fetched or there is none."""
+    if name == "tiny":
+        return ASSETS / "tiny_clip.safetensors.gz"
+    path, cache, repositories = Path(name).expanduser(), Path.home() / ".cache" / "clip", repositories_of(name)
+    places = [path, cache / f"{dashes(name)}.pt", cache / f"{dashes(name)}.safetensors"]  # OpenAI's package: the second
+    folders = path, cache / repositories[0]
+    for place in places + [folder / file for folder in folders for file in CONFIGURATIONS]:
+        if place.is_file():
+            return place
+    if path.is_dir() or not is_repository(repositories[0]):
+        return None
+    is_openais = len(repositories) > 1  # their activation and heads are known; of others the configuration tells them
+    for repository in repositories:
+        for file, configuration in CONFIGURATIONS.items():
+            found = in_hub_cache(repository, file)
+            if found and (is_openais or found.with_name(configuration).is_file()):
+                return found
+    return None
+
+
+def repositories_of(name):
+    """-> those of an OpenAI model; any other name is one itself."""
+    return {dashes(model): repositories for model, repositories in OPENAI_MODELS.items()}.get(dashes(name), [name])
+
+
+def is_repository(name):
+    is_file = Path(name).suffix in (".pt", ".bin", ".safetensors")
+    return bool(re.fullmatch(r"(?!ViT-)[\w-]+/[\w.-]+", name)) and not is_file
 
 
 def dashes(name):  # ViT-L/14@336px -> ViT-L-14-336px
     return name.replace("/", "-").replace("@", "-")
 
 
-def find_on_hub(repositories, openais, check):
-    """The weights file of the first repository that the hub's cache has, else of the first, which is fetched.
-
-    openais: their activation and heads are known. Other weights need the configuration beside them, which tells.
-    """
-    look_up, fetch = ways_to_the_hub()
-
-    def cached(repository, file):
-        is_tower = repository.startswith("timm/") and not file.startswith("open_clip")  # alone, put there by timm
-        return None if is_tower else look_up(repository, file)
-
-    for repository in repositories:
-        for file, configuration in CONFIGURATIONS.items():
-            found = cached(repository, file)
-            if found and (openais or found.with_name(configuration).is_file()):
-                return found
-    for file in sorted(CONFIGURATIONS, key=lambda file: cached(repositories[0], file) is None):  # what is there first
-        try:
-            return fetch(repositories[0], CONFIGURATIONS[file], file, check)
-        except NotThere:
-            continue
-    raise UserError(f"{repositories[0]} on the hub has none of {', '.join(CONFIGURATIONS)}: name another.")
+def in_hub_cache(repository, file):
+    """-> the path of a repository's file in the hub's cache, or None."""
+    look_up, _ = ways_to_the_hub()
+    is_tower = repository.startswith("timm/") and not file.startswith("open_clip")  # alone, put there by timm
+    return None if is_tower else look_up(repository, file)
 
 
 def ways_to_the_hub():

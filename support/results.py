@@ -62,12 +62,15 @@ def read_result(path, zero_shot_options):
         result = json.loads(path.read_text("utf-8"))
         entries = entries_of(settings_of(result), result, zero_shot_options)
         variance = result.setdefault("variance", {}).get("before", {})
+        made_of = result.setdefault("made_of", {})  # a run of before has none
+        result["made_of"] = made_of | dict(shifts={**made_of.get("shifts", {})}) if made_of else {}
         is_finite = math.isfinite(sum(result["losses"]) + sum(variance.values()))
         if not is_finite or not all(0 <= entry.accuracy <= 100 for entry in entries):
             raise ValueError("an accuracy is not from 0 to 100, or a loss not finite")
         return entries, result
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:  # any file can have that name
-        print(f"warning: {path} is left out, it is no result of train.py ({error!r})", file=sys.stderr)
+    except (OSError, ArithmeticError, ValueError, LookupError, TypeError, AttributeError) as error:  # any file
+        print(f"warning: {path} is left out, it is no result of train.py ({type(error).__name__}: {error})",
+              file=sys.stderr)
 
 
 def entries_of(settings, result, zero_shot_options):

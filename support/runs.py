@@ -26,22 +26,22 @@ CHECKPOINT_SECONDS = 30  # between the checkpoints of an epoch that takes longer
 
 @contextmanager
 def reserve(folder, again, machine):
-    """Keep a run for this command while the block runs. -> whether it is to be made; if not, a line says why.
+    """Keep a run for this command while the block runs. -> "ours", "finished", or "in work", which a line says.
 
     again: whether a finished run is repeated. Of several processes that torchrun started, process 0 decides for all.
     """
-    lock, obstacle = None, ""
+    lock, state = None, ""
     if machine.rank == 0:
-        obstacle = finished(folder, again)
-        if not obstacle:
+        state = finished(folder, again)
+        if not state:
             lock = lock_file(folder.with_name(f"{folder.name}.lock"))
             # Another process may have finished the run between the first look and the lock.
-            obstacle = finished(folder, again) if lock else f"in work     {folder} (by another process)"
-    obstacle = agree(obstacle, machine)
-    if obstacle:
-        print(obstacle)
+            state = finished(folder, again) or "ours" if lock else "in work"
+    state = agree(state, machine)
+    if state == "in work":
+        print(f"in work     {folder} (by another process)")
     try:
-        yield not obstacle
+        yield state
     finally:
         if lock:
             lock.close()
@@ -50,9 +50,8 @@ def reserve(folder, again, machine):
 
 
 def finished(folder, again):
-    """-> a line for a run that is finished and shall not be repeated, else ""."""
-    is_finished = (folder / "result.json").exists() and not again
-    return f"finished    {folder} (--again repeats it)" if is_finished else ""
+    """-> "finished" for a run that is finished and shall not be repeated, else ""."""
+    return "finished" if (folder / "result.json").exists() and not again else ""
 
 
 def lock_file(path):
@@ -89,8 +88,9 @@ class Checkpoint:
             return None
         try:
             saved = load_tensors(self.path)
+            saved = {"weights": self.description.get("weights")} | saved  # those of before do not tell
             if any(saved[key] != value for key, value in self.description.items()):
-                raise ValueError("other settings or pictures")
+                raise ValueError("other settings, pictures or weights")
             n_epochs, n_steps = len(saved["epoch_losses"]), len(saved["step_losses"])
             print(f"goes on     behind {n_epochs} epochs and {n_steps} steps")
             return saved

@@ -9,6 +9,7 @@ import statistics
 from typing import NamedTuple
 
 from clip_min import UserError
+from support.apart import tell_apart
 from support.benchmarks import BENCHMARKS
 from support.results import ALL, ZERO_SHOT, read_result
 
@@ -24,22 +25,27 @@ class Summary:
     cells      {Row: {column: Cell}}
     starts     {curve: {column: accuracy of zero-shot CLIP}}
     variances  {column: {curve: UPT's variances of zero-shot CLIP}}, where --variance measured them
+    halves     the columns of those halves of the classes that --base-to-new trains on
     columns    data sets, then shifts and new classes, then an average over the data sets
     """
 
     def __init__(self, out, zero_shot_options):
         """zero_shot_options: the default options of the method zeroshot."""
-        self.cells, self.starts, self.variances = {}, {}, {}
+        self.cells, self.starts, self.variances, self.halves, results = {}, {}, {}, set(), []
         for path in sorted(out.rglob("result.json")):
             is_in_the_making = any(part.startswith(".") for part in path.relative_to(out).parts)
             found = None if is_in_the_making else read_result(path, zero_shot_options)
             if found:
-                self.add(*found)
+                results.append((path.parent, *found))
+        results, apart = tell_apart(results)
+        for entries, result in results:
+            self.add(entries, result)
         if not self.cells:
             raise UserError(f"There is no result.json under {out}: train something first, or give its --out.")
-        data_sets = {column for start in self.starts.values() for column in start if not column.endswith(": base")}
+        data_sets = {column for start in self.starts.values() for column in start} - self.halves
         others = {column for row in self.cells.values() for column in row} - data_sets
         self.columns = sorted(data_sets) + sorted(others)
+        data_sets -= apart  # two states of one data set are not two data sets
         self.add_average({name for name in data_sets if name in BENCHMARKS} or data_sets)
 
     def add(self, entries, result):
@@ -49,6 +55,8 @@ class Summary:
             if entry.row.shots != ZERO_SHOT or not cell.accuracies:  # zero-shot CLIP is the same for all seeds
                 cell.accuracies.append(entry.accuracy)
         zero_shot, run = entries[:2]
+        if result.get("base_to_new"):
+            self.halves.add(zero_shot.column)
         self.starts.setdefault(run.row.curve, {})[zero_shot.column] = zero_shot.accuracy
         if result["variance"]:
             self.variances.setdefault(zero_shot.column, {})[run.row.curve] = result["variance"]["before"]

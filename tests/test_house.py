@@ -29,12 +29,12 @@ BUDGETS = {
     "support/settings.py": 170, "support/runs.py": 270, "support/machine.py": 130, "support/weights.py": 330,
     "support/benchmarks.py": 280, "support/folders.py": 200, "support/world.py": 110, "support/summary.py": 170,
     "support/charts.py": 260,
-    "support/__init__.py": 5, "support/attention.py": 40,
-    "support/archives.py": 170, "support/checks.py": 110, "support/console.py": 85, "support/downloads.py": 85,
-    "support/formats.py": 70, "support/hub.py": 180, "support/kinds.py": 180, "support/lists.py": 180,
-    "support/names.py": 80, "support/own.py": 120,
+    "support/__init__.py": 5, "support/apart.py": 70, "support/archives.py": 170, "support/attention.py": 55,
+    "support/changes.py": 200, "support/checks.py": 135, "support/console.py": 85, "support/downloads.py": 85,
+    "support/foreign.py": 120, "support/formats.py": 70, "support/hub.py": 190, "support/identity.py": 100,
+    "support/kinds.py": 180, "support/lists.py": 180, "support/loading.py": 45, "support/names.py": 80,
+    "support/own.py": 120, "support/prompts.py": 150, "support/scores.py": 60,
     "support/files.py": 65, "support/output.py": 75, "support/pictures.py": 70, "support/results.py": 170,
-    "support/foreign.py": 120, "support/prompts.py": 150, "support/scores.py": 60,
 } | dict.fromkeys(BASELINES, 110)
 
 TOP_LEVEL = {"README.md", "requirements.txt", "LICENSE", "clip_min.py", *(f"{name}.py" for name in METHODS), "data.py",

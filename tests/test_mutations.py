@@ -11,6 +11,7 @@ import os
 import random
 import shutil
 import signal
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -243,6 +244,127 @@ def test_checkpoints(tmp_path, capsys):
     assert used < COUNT / 2
     said = capsys.readouterr().out
     assert "is no checkpoint of this run" in said
+
+
+# ---- What lies around a finished run ----
+
+
+def pictures_of(place):
+    return sorted((place / "pictures").rglob("*.png"))
+
+
+def classes_of(place):
+    return sorted(path for path in (place / "pictures").iterdir() if path.is_dir())
+
+
+def draw_anew(rng, path):
+    Image.frombytes("RGB", (20, 20), rng.randbytes(1200)).save(path)
+
+
+def swap_pictures(rng, place):
+    one, other = rng.sample(pictures_of(place), 2)
+    aside = one.rename(one.with_suffix(".aside"))
+    other.rename(one)
+    aside.rename(other)
+
+
+def add_class(rng, place):
+    (place / "pictures" / "wolf").mkdir(exist_ok=True)
+    for i in range(2):
+        draw_anew(rng, place / "pictures" / "wolf" / f"{i}.png")
+
+
+def move_picture(rng, place):
+    picture = rng.choice(pictures_of(place))
+    picture.rename(rng.choice(classes_of(place)) / f"moved {picture.name}")
+
+
+def copy_picture(rng, place):
+    picture = rng.choice(pictures_of(place))
+    shutil.copy(picture, picture.with_name(f"{picture.stem} (1).png"))
+
+
+def rename_class(rng, place):
+    folder = rng.choice(classes_of(place))
+    folder.rename(folder.with_name(rng.choice(["class", "a b", "Class 0", "zebra"])))
+
+
+def write_classnames(rng, place):
+    (place / "pictures" / "classnames.txt").write_text(rng.choice(["class 0 tiger\n", "class 1 class 1\n", "x y\n"]))
+
+
+def break_picture(rng, place):
+    picture = rng.choice(pictures_of(place))
+    picture.write_bytes(mutate_bytes(rng, picture.read_bytes()))
+
+
+def rewrite(rng, place):
+    """The same content in another file."""
+    picture = rng.choice(pictures_of(place))
+    content = picture.read_bytes()
+    picture.unlink()
+    picture.write_bytes(content)
+
+
+SURROUNDINGS = [
+    rename_class, add_class, move_picture, copy_picture, swap_pictures, write_classnames, break_picture, rewrite,
+    lambda rng, place: shutil.rmtree(rng.choice(classes_of(place))),
+    lambda rng, place: rng.choice(pictures_of(place)).unlink(),
+    lambda rng, place: draw_anew(rng, rng.choice(pictures_of(place))),
+    lambda rng, place: draw_anew(rng, rng.choice(classes_of(place)) / "new.png"),
+    lambda rng, place: (place / "pictures" / "notes.txt").write_text("no picture"),
+    lambda rng, place: FORMS["safetensors"](random_state_dict(**SIZES, seed=rng.randrange(3)), place / "weights"),
+    lambda rng, place: torch.save(random_state_dict(**SIZES), place / "weights"),  # the same in another form
+]
+
+
+def made_of(place):
+    """-> what a run there is made of, in full; None where the data cannot be used."""
+    try:
+        bench = data.load(place / "pictures", shots=0)
+    except UserError:
+        return None
+    used = [(bench.relative(path), label, Path(path).read_bytes()) for path, label in bench.train + bench.test]
+    return bench.classnames, used
+
+
+def test_surroundings(tmp_path, capsys):
+    """A finished run's command, and the run, after its pictures, classes and weights were changed: a change that
+    matters is told in one sentence, one that does not is none."""
+    place, whole = tmp_path / "place", tmp_path / "whole"
+    rng = random.Random("surroundings")
+    for i in range(12):
+        folder = whole / "pictures" / f"class {i % 3}"
+        folder.mkdir(parents=True, exist_ok=True)
+        draw_anew(rng, folder / f"{i}.png")
+    FORMS["safetensors"](random_state_dict(**SIZES), whole / "weights")
+    command = ["--data", str(place / "pictures"), "--backbone", str(place / "weights"), "--epochs", "1", "--shots", "2",
+               "--out", str(tmp_path / "runs"), "--device", "cpu"]
+    shutil.copytree(whole, place)
+    assert train.main(command) == 0
+    (result,) = (tmp_path / "runs").rglob("result.json")
+    before, weights = made_of(place), load_clip(place / "weights").state_dict()
+    content, told = {path.name: path.read_bytes() for path in result.parent.iterdir()}, {True: 0, False: 0}
+    for i in range(COUNT // 5):
+        shutil.rmtree(place)
+        shutil.copytree(whole, place)
+        changes = rng.choices(SURROUNDINGS, k=rng.choice([1, 1, 1, 2, 3]))
+        with suppress(IndexError, OSError):  # nothing is left that could be changed, or it has that name already
+            for change in changes:
+                change(rng, place)
+        now = load_clip(place / "weights").state_dict()
+        has_other_weights = any(not torch.equal(tensor, now[key]) for key, tensor in weights.items())
+        has_changed = has_other_weights or made_of(place) != before
+        what = f"surroundings {i}: {[change.__name__ for change in changes]}"
+        capsys.readouterr()
+        assert survives(lambda: train.main(command), what) == (2 if has_changed else 0), what
+        out, err = capsys.readouterr()
+        errors = [line for line in err.splitlines() if not line.startswith("warning: ")]
+        assert len(errors) == has_changed and ("finished " in out) != has_changed, f"{what}: {out} {err}"
+        assert (survives(lambda: train.load_run(result.parent, "cpu"), what) is None) == has_other_weights, what
+        told[has_changed] += 1
+    assert {path.name: path.read_bytes() for path in result.parent.iterdir()} == content
+    assert told[False] and told[True] > 3 * told[False], told
 
 
 # ---- Data ----

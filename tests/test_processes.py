@@ -120,7 +120,7 @@ def test_a_run_says_where_it_goes_on(flags, stopped, capsys):
     assert not stopped.exists()
 
 
-@pytest.mark.parametrize("spoil", ["truncate", "foreign", "settings", "pictures"])
+@pytest.mark.parametrize("spoil", ["truncate", "foreign", "settings", "pictures", "weights"])
 def test_a_checkpoint_of_another_run_or_none_at_all_is_not_used(flags, stopped, tmp_path, capsys, spoil):
     if spoil == "truncate":
         stopped.write_bytes(stopped.read_bytes()[:1000])
@@ -128,7 +128,9 @@ def test_a_checkpoint_of_another_run_or_none_at_all_is_not_used(flags, stopped, 
         stopped.write_text("mine")
     else:
         saved = torch.load(stopped, weights_only=True)
-        saved |= {"seed": 2} if spoil == "settings" else {"train": dict.fromkeys(saved["train"], "0")}
+        others = {"settings": {"seed": 2}, "pictures": {"train": dict.fromkeys(saved["train"], "0")},
+                  "weights": {"weights": "0"}}
+        saved |= others[spoil]
         torch.save(saved, stopped)
     assert train.main(list(map(str, flags))) == 0
     (warning,) = re.findall("^warning: .*begins anew.*$", capsys.readouterr().out, re.MULTILINE)
@@ -136,6 +138,14 @@ def test_a_checkpoint_of_another_run_or_none_at_all_is_not_used(flags, stopped, 
     assert train.main([str(flag) for flag in [*flags, "--out", tmp_path / "whole"]]) == 0  # with as many threads
     assert outcome(only_run(tmp_path / "runs"))[1] == outcome(only_run(tmp_path / "whole"))[1]
     assert not stopped.exists()
+
+
+def test_a_checkpoint_from_before_weights_were_recorded_is_used(flags, stopped, capsys):
+    saved = torch.load(stopped, weights_only=True)
+    del saved["weights"]
+    torch.save(saved, stopped)
+    assert train.main(list(map(str, flags))) == 0
+    assert "goes on     behind 2 epochs" in capsys.readouterr().out
 
 
 def test_a_full_disk_ends_the_run_in_one_sentence_and_keeps_the_checkpoint_before(flags, stopped, capsys, monkeypatch):
@@ -212,7 +222,7 @@ def test_of_a_sweep_the_second_process_takes_the_next_run(flags, tmp_path, capsy
 
 @pytest.mark.parametrize("again", [False, True])
 def test_a_run_that_another_process_finishes_before_the_lock_is_had_is_not_made_twice(
-        tmp_path, monkeypatch, capsys, again):
+        tmp_path, monkeypatch, again):
     folder, lock_file = tmp_path / "seed1", runs.lock_file
 
     def finish_and_lock(path):
@@ -221,9 +231,8 @@ def test_a_run_that_another_process_finishes_before_the_lock_is_had_is_not_made_
         return lock_file(path)
 
     monkeypatch.setattr(runs, "lock_file", finish_and_lock)
-    with train.reserve(folder, again, Machine(torch.device("cpu"))) as is_ours:
-        assert is_ours == again
-        assert ("finished" in capsys.readouterr().out) != again
+    with train.reserve(folder, again, Machine(torch.device("cpu"))) as state:
+        assert state == ("ours" if again else "finished")
     assert not list(tmp_path.glob("*.lock"))
 
 

@@ -360,6 +360,82 @@ def test_a_run_is_evaluated_on_its_own_data_again_and_on_other_class_folders_who
     assert "parts=fvp" in capsys.readouterr().err
 
 
+def test_a_run_on_other_weights_is_refused(world, runs, tmp_path, capsys):
+    torch.save(random_state_dict(**TINY, seed=1), tmp_path / "others.pt")
+    saved = torch.load(runs[0] / "prompts.pt", weights_only=True)
+    torch.save(saved | dict(backbone_path=str(tmp_path / "others.pt")), runs[0] / "prompts.pt")
+    picture = world / "photos" / "red" / "00.png"
+    for flags in ([], ["--predict", picture], ["--eval-on", world / "photos"], ["--features"], ["--attention", picture],
+                  ["--export", tmp_path / "a.safetensors"]):
+        start(runs[0], *flags, status=2)
+        out, err = capsys.readouterr()
+        assert not out and len(err.splitlines()) == 1
+        assert f"{runs[0]} was trained on other weights than {tmp_path / 'others.pt'} holds now" in err
+    assert not (tmp_path / "a.safetensors").exists()
+
+
+# ---- Data that were moved or changed ----
+
+
+@pytest.fixture
+def moved(world, runs, tmp_path):
+    """The runs' pictures at another place; where the runs say that they are there is nothing."""
+    for run in runs:
+        saved = torch.load(run / "prompts.pt", weights_only=True)
+        torch.save(saved | dict(data_path="/gone/photos"), run / "prompts.pt")
+    return shutil.copytree(world / "photos", tmp_path / "moved")
+
+
+def test_data_says_where_the_pictures_of_a_run_are_now(moved, runs, capsys, features):
+    start(runs[0], "--data", moved, "--mistakes", "--features", "--eval-on", moved)
+    out, err = capsys.readouterr()
+    run = result(runs[0])
+    assert f"moved         {run['accuracy']:.2f} % of {run['test_images']} test pictures" in out
+    assert (runs[0] / "mistakes.png").exists() and len(features) == 1 and "warning" not in err
+
+
+@pytest.mark.parametrize("flag", ["--mistakes", "--features"])
+def test_pictures_that_were_moved_are_one_sentence_that_names_data(moved, runs, capsys, features, flag):
+    start(runs[0], flag, status=2)
+    where = f"The pictures of {runs[0]} are not at /gone/photos any more"
+    assert capsys.readouterr().err == f"error: {where}: --data PATH says where they are now.\n"
+    start(runs[0], flag, "--data", moved / "nowhere", status=2)
+    assert "nowhere is no folder" in capsys.readouterr().err
+
+
+def test_data_is_for_runs_on_own_pictures(runs, tmp_path, capsys):
+    saved = torch.load(runs[0] / "prompts.pt", weights_only=True)
+    torch.save(saved | dict(data_path="", data="dtd"), runs[0] / "prompts.pt")
+    start(runs[0], "--data", tmp_path, "--mistakes", status=2)
+    assert "--root" in capsys.readouterr().err
+    start("--data", tmp_path, status=2)
+    assert "Name the folder of a finished run first" in capsys.readouterr().err
+
+
+def test_classes_that_have_changed_are_refused_and_pictures_told(moved, runs, capsys, features):
+    (moved / "red" / "00.png").rename(moved / "blue" / "red.png")
+    start(runs[0], "--data", moved, "--features")
+    (warning,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
+    assert f"{moved} is not as it was when {runs[0]} was made" in warning
+    (moved / "red").rename(moved / "crimson")
+    for flag in "--features", "--mistakes":
+        start(runs[0], "--data", moved, flag, status=2)
+        err = capsys.readouterr().err
+        assert "1 class no longer part of it: red; 1 class new in it: crimson" in err and len(err.splitlines()) == 1
+
+
+def test_mistakes_whose_pictures_were_moved_are_left_out(moved, runs, capsys):
+    rows = [("red/01.png", "red", "blue", 0.9), ("gone.png", "red", "blue", 0.8)]
+    write_predictions(runs[0], rows)
+    (moved / "red" / "05.png").unlink()  # so that the folder is compared
+    start(runs[0], "--data", moved, "--mistakes")
+    out, err = capsys.readouterr()
+    assert out.splitlines() == ["red/01.png: red, predicted: 90% blue"] and "gone.png" in err
+
+
+# ---- Pictures of one run ----
+
+
 def test_attention_has_a_row_for_each_picture_and_a_column_for_each_map(world, runs, capsys):
     pictures = [world / "photos" / name / "00.png" for name in ("red", "blue")]
     start(*runs[:2], "--attention", *pictures)

@@ -226,3 +226,60 @@ def test_without_matplotlib_the_table_and_its_csv_file_come_all_the_same(tmp_pat
     assert "| 60.00; " in out and sorted(path.name for path in tmp_path.iterdir()) == ["dtd", "summary.csv"]
     saved, note = err.splitlines()
     assert "summary.csv" in saved and note.startswith("note: ") and "pip install matplotlib" in note
+
+
+def made_of(pictures="p", classes="c", weights="w" * 64, **shifts):
+    return dict(made_of=dict(classes=classes, pictures=pictures, train="t", weights=weights, shifts=shifts))
+
+
+OWN = dict(data="photos", data_path="/a/photos", backbone="w", backbone_path="/w.pt")
+
+
+@pytest.mark.parametrize("other", [dict(pictures="q"), dict(classes="d"), dict(weights="v" * 64), None], ids=str)
+def test_runs_of_other_pictures_classes_or_weights_are_never_averaged(tmp_path, capsys, other):
+    """None: one that was made before it was recorded, of a user's own pictures and weights."""
+    write_run(tmp_path, 40.0, results=made_of(), **OWN)
+    write_run(tmp_path, 60.0, seed=2, results=made_of(), **OWN)
+    folder = write_run(tmp_path, 90.0, seed=3, zero_shot=50.0, results=other and made_of(**other), **OWN)
+    assert report.main(["--out", str(tmp_path)]) == 0
+    out, err = capsys.readouterr()
+    cells = [cell.strip() for line in out.splitlines() if line.startswith("|") for cell in line.split("|")]
+    assert {"50.00 ± 10.00 (2)", "90.00"} <= {*cells} and not any("(3)" in cell for cell in cells)
+    assert cells.count("44.40") == cells.count("50.00") == 1  # zero-shot CLIP stays with its own, too
+    assert "average of 2" not in cells
+    warnings = [line for line in err.splitlines() if line.startswith("warning: ")]
+    assert len(warnings) == (2 if other is None else 1)  # both data and weights
+    assert all(str(folder) in line and "--again" in line for line in warnings)
+    assert other or all("earlier" in line for line in warnings)
+
+
+def test_runs_of_the_same_things_are_averaged_whatever_was_picked_of_them(tmp_path, capsys):
+    for seed in 1, 2:
+        what = made_of()
+        what["made_of"]["train"] = str(seed)
+        write_run(tmp_path, 40.0 + 20 * seed, seed=seed, results=what, **OWN)
+    assert table(tmp_path, capsys)[2][3] == "70.00 ± 10.00 (2)"
+
+
+def test_runs_of_benchmarks_that_were_made_before_stay_with_those_of_now(tmp_path, capsys):
+    write_run(tmp_path, 60.0)
+    write_run(tmp_path, 64.0, seed=2, results=made_of())
+    assert table(tmp_path, capsys)[2][3].startswith("62.00 ± 2.00 (2)")
+    write_run(tmp_path, 90.0, seed=3, results=made_of(pictures="q"))
+    assert {cell.partition(";")[0] for cell in table(tmp_path, capsys)[-1][3:]} == {"60.00", "64.00", "90.00"}
+
+
+def test_shifted_data_with_other_pictures_have_a_column_of_their_own(tmp_path, capsys):
+    for seed, pictures in (1, "x"), (2, "y"):
+        write_run(tmp_path, 60.0, seed=seed, shifts={"/b": 10.0 * seed}, results=made_of(**{"/b": pictures}), **OWN)
+    head, _, row = table(tmp_path, capsys)
+    assert row[3] == "60.00 ± 0.00 (2)" and sorted(row[4:]) == ["10.00", "20.00"]
+    assert all(" → /b (" in name for name in head[4:])
+
+
+@pytest.mark.parametrize("made", [None, 3, [1], {"shifts": 3}, {"pictures": 3}, {"weights": [1], "pictures": {}}],
+                         ids=str)
+def test_a_broken_record_of_what_a_run_was_made_of_is_no_traceback(tmp_path, capsys, made):
+    write_run(tmp_path, 60.0)
+    write_run(tmp_path, 64.0, seed=2, results=dict(made_of=made))
+    assert table(tmp_path, capsys)[2][3].startswith("6")

@@ -40,6 +40,7 @@ SETTINGS = {field.name for field in fields(Settings)}
 KEYS = SETTINGS | {
     "classes", "train_images", "test_images", "zero_shot", "accuracy", "published", "published_source", "shifts",
     "base_to_new", "variance", "trainable_parameters", "seconds_training", "seconds_total", "epochs", "losses", "picks",
+    "made_of",
     "torch",
     "device", "prompts",
 }
@@ -786,7 +787,7 @@ def test_a_sweep_runs_every_combination(swept):
 
 def test_finished_runs_are_skipped_with_a_line_each(swept, monkeypatch):
     before = contents(swept.out)
-    monkeypatch.setattr(train, "load_clip", None)  # nothing is even loaded
+    monkeypatch.setattr(train, "run", None)
     lines = printed(*swept.flags).splitlines()
     assert len(lines) == 16 and all("finished" in line and "--again" in line for line in lines)
     assert {folder for folder in run_folders(swept.out) if any(f"{folder} " in line for line in lines)} == set(
