@@ -18,7 +18,6 @@ import argparse
 import itertools
 import math
 import statistics
-import sys
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -37,9 +36,9 @@ from clip_min import Method, UserError, load_clip
 from coop import CoOp
 from dpt import CAVPT, DPT, VLP
 from fgvpl import FGVPL
-from support.benchmarks import published
+from support.benchmarks import published, quoted
 from support.checks import columns, require_same_classes, split_classes, without_trained
-from support.console import advice, exit_status, print_settings, quoted, show_epoch
+from support.console import advice, exit_status, print_settings, show_epoch, start
 from support.machine import average, cast_products, choose_machine, gather, join_processes, process_0_first
 from support.runs import Checkpoint, device_name, rates, read_prompts, require_finite, reserve, save_run, warn_of_moved
 from support.settings import above, resolve_settings, template
@@ -317,4 +316,4 @@ def load_run(folder, device=None):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    start(main)

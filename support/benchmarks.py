@@ -1,6 +1,6 @@
 """The eleven benchmarks and the four shifts of ImageNet: found under a root, fetched where absent, read, compared.
 
-data.load() calls identify() and read_benchmark(); train.py and report.py call published() for the papers' numbers. The
+data.load() calls identify() and read_benchmark(); train.py and report.py quote the papers' numbers, published(). The
 splits are those of CoOp's protocol, in CoOp's order: its lists split_zhou_*.json, where FGVC Aircraft has lists of its
 own, and ImageNet and its shifts are class folders. Those are sorted, where CoOp's picks follow the chance of a disk.
 """
@@ -98,7 +98,7 @@ def read_imagenet(folder, name):
     Class folders are called by wnid, in ImageNetV2 by number; sorted as text, 10 would come before 2. The names are
     OpenAI's; torchvision's cost accuracy.
     """
-    rows = [line.split(" ", 1) for line in (ASSETS / "imagenet_classes.txt").read_text().splitlines()]
+    rows = [line.split(" ", 1) for line in (ASSETS / "imagenet_classes.txt").read_text("utf-8").splitlines()]
     number = {key: i for i, (wnid, _) in enumerate(rows) for key in (wnid, str(i))}
     places = {"train": "train/", "test": "val/"} if name == "imagenet" else {"test": ""}
     split, keys = read_subsets(folder, places, order=lambda key: number.get(key, -1))
@@ -204,13 +204,20 @@ def published(run, data_name):
         return []
     wanted = [run.method, run.backbone, "0" if run.method == "zeroshot" else str(run.shots), data_name]
     changed, found = run.changed.keys() - {"precision"}, []
-    with (ASSETS / "published.csv").open(newline="") as file:
+    with (ASSETS / "published.csv").open(newline="", encoding="utf-8") as file:
         for row in csv.DictReader(file):
             options = dict(pair.split("=", 1) for pair in row["options"].split(";") if pair)
             same_run = [row[key] for key in ("method", "backbone", "shots", "dataset")] == wanted
             if same_run and changed <= options.keys() and all(is_set(run, *option) for option in options.items()):
                 found.append((float(row["accuracy"]), f"{row['paper']}, {row['table']}"))
     return found
+
+
+def quoted(papers):
+    """What published() returns -> the text that stands behind a run's own accuracy."""
+    if not papers:
+        return ""
+    return f"  ({'; '.join(f'{source}: {accuracy:.2f}' for accuracy, source in papers)})"
 
 
 def is_set(run, name, text):

@@ -2,6 +2,7 @@
 
 data.load() and support/folders.py read inside readable(). support/benchmarks.py and support/world.py make folders with
 working_folder(). support/downloads.py and support/runs.py remove what killed processes left.
+support/weights.py keeps what it fetches below home_folder().
 """
 
 import glob
@@ -23,6 +24,14 @@ def readable(folder):
         raise UserError(f"{error.filename or folder} cannot be used ({error.strerror}): give another folder") from error
     except UnicodeDecodeError as error:
         raise UserError(f"a list or classnames.txt of {folder} is not in UTF-8 ({error}): save it as UTF-8") from error
+
+
+def home_folder():
+    """-> the user's home. Where nothing tells it, as in some containers, the present folder takes its place."""
+    try:
+        return Path.home()
+    except RuntimeError:
+        return Path.cwd()
 
 
 @contextmanager

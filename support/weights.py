@@ -6,6 +6,7 @@ one sentence that names it and says what to do.
 
 import gzip
 import json
+import os
 import re
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,9 +14,11 @@ from pathlib import Path
 import torch
 
 from clip_min import ACTIVATIONS, ASSETS, CLIP, UserError, read_safetensors, read_weights
-from support.downloads import MachineError, download
+from support.downloads import MachineError, PlaceError, download
+from support.files import home_folder
 
 HUB = "https://huggingface.co/{}/resolve/main/{}"
+ELSEWHERE = "set HOME, on Windows USERPROFILE, to another folder, or give a weights file with --backbone"
 OPENAI_MODELS = {  # the repositories from which open_clip takes OpenAI's weights
     "ViT-B/32": "timm/vit_base_patch32_clip_224.openai", "ViT-B/16": "timm/vit_base_patch16_clip_224.openai",
     "ViT-L/14": "timm/vit_large_patch14_clip_224.openai", "ViT-L/14@336px": "timm/vit_large_patch14_clip_336.openai",
@@ -38,11 +41,11 @@ def find_weights(name):
     """The weights file that a name, a folder or a path means. What a name means is fetched at first use."""
     if name == "tiny":
         return ASSETS / "tiny_clip.safetensors.gz"
-    path, cache, dashed = Path(name).expanduser(), Path.home() / ".cache" / "clip", dashes(name)
+    path, cache, dashed = Path(name).expanduser(), home_folder() / ".cache" / "clip", dashes(name)
     repository = {dashes(model): repository for model, repository in OPENAI_MODELS.items()}.get(dashed, name)
     places = [path, cache / f"{dashed}.pt", cache / f"{dashed}.safetensors"]  # OpenAI's package uses the second
     for place in places + [folder / file for folder in (path, cache / repository) for file in CONFIGURATIONS]:
-        if place.is_file():
+        if os.path.isfile(place):  # also where the home may not be read
             return place
     if path.is_dir():
         kind = "is a diffusion pipeline" if (path / "model_index.json").exists() else "has no weights of a CLIP"
@@ -69,8 +72,10 @@ def download_weights(repository, folder, advice=""):
     for file, configuration in CONFIGURATIONS.items():
         try:
             for wanted in configuration, file:
-                download(HUB.format(repository, wanted), folder / wanted, check=check_whole)
+                download(HUB.format(repository, wanted), folder / wanted, check=check_whole, elsewhere=ELSEWHERE)
             return folder / file
+        except PlaceError:
+            raise
         except UserError as error:
             if getattr(error.__cause__, "code", None) != 404:  # 404: the repository does not have this file
                 raise UserError(f"{str(error).removesuffix('.')}{advice}.") from error
@@ -106,8 +111,10 @@ def fetch_with_huggingface_hub(repository, folder):
                 fault = error
     if fault:
         detail = " ".join(str(fault).split())[:300]
-        raise UserError(f"huggingface_hub could not fetch {repository} ({detail}): try again, or put its files into "
-                        f"{folder} by hand.") from fault
+        of_its_cache = getattr(fault, "errno", None)  # it cannot be written, or the disk is full
+        by_hand = f"try again, or put its files into {folder} by hand"
+        raise UserError(f"huggingface_hub could not fetch {repository} ({detail}): "
+                        f"{'set HF_HOME to another folder' if of_its_cache else by_hand}.") from fault
     return None
 
 
