@@ -24,7 +24,7 @@ logging.getLogger("PIL").addHandler(logging.NullHandler())  # what it logs ends 
 @contextmanager
 def opened(path):
     """A picture file with its header read. Whatever breaks in the block is a UserError with the path."""
-    if warnings.filters[0][3] != OF_PILLOW:  # for all threads: catch_warnings() would not be safe with several
+    if [rule[3] for rule in warnings.filters[:1]] != [OF_PILLOW]:  # catch_warnings() is not safe with several threads
         warnings.filterwarnings("ignore", module=OF_PILLOW.pattern)
     try:
         with Image.open(path) as image:
