@@ -1,7 +1,7 @@
 """A font for every text of the pictures: one of this machine's that has its letters, and else something to read.
 
-support/charts.py calls fitting() for the sheets, chart_text() and give_fonts() for the charts. Pillow's own font has hardly more than
-the letters of English and matplotlib's no Chinese, and both draw a box for what they lack.
+support/charts.py calls fitting() for the sheets, chart_text() and give_fonts() for the charts. Pillow's own font has
+hardly more than the letters of English and matplotlib's no Chinese, and both draw a box for what they lack.
 """
 
 import functools

@@ -12,6 +12,7 @@ import struct
 import tarfile
 import threading
 import time
+import warnings
 import zipfile
 from collections import Counter
 from dataclasses import replace
@@ -1153,6 +1154,24 @@ def test_a_picture_that_is_too_large_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
     with fails(path, "DecompressionBombError"):
         data.read(path)
+
+
+CORRUPT_EXIF = b"Exif\0\0MM\0*\0\0\0\x08\0\x05\x01\x12\0\x03"  # it says that it has five entries
+
+
+def test_what_pillow_warns_of_is_not_shown_since_it_names_no_picture(tmp_path, monkeypatch):
+    paths = [str(save(noise(), tmp_path / f"{n}.jpg", exif=CORRUPT_EXIF)) for n in range(4)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(UserWarning, match="Corrupt EXIF"):
+            Image.open(paths[0]).getexif()
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1300)  # twice as many are an error
+        for before in warnings.resetwarnings, lambda: warnings.simplefilter("error"):
+            before()
+            pictures = data.Pictures([(path, 0) for path in paths], None, own=True)
+            assert data.decode_all(pictures) and len(pictures.decoded) == 4  # with several threads
+        with pytest.raises(UserWarning, match="of another library"):
+            warnings.warn("of another library", stacklevel=1)
 
 
 def test_only_a_users_own_pictures_are_turned_upright(tmp_path):

@@ -142,6 +142,51 @@ def test_no_files_import_each_other_in_a_circle():
         arrows = {name: needed for name, needed in arrows.items() if name not in free}
 
 
+# ---- Encodings ----
+
+NO_TEXT_FILES = {"Image", "tarfile", "archive", "os"}  # whose open() gives pictures, archives, members of one, numbers
+
+
+def texts_without_encoding(tree):
+    """-> the lines where a text file is opened, read or written in the encoding that the locale happens to have."""
+    lines = []
+    for call in [node for node in ast.walk(tree) if isinstance(node, ast.Call)]:
+        function = call.func
+        name = getattr(function, "attr", getattr(function, "id", ""))
+        owner = getattr(getattr(function, "value", None), "id", "")
+        keywords, words = {keyword.arg for keyword in call.keywords}, [ast.unparse(word) for word in call.args]
+        words += [ast.unparse(keyword.value) for keyword in call.keywords if keyword.arg == "mode"]
+        modes = [word[1:-1] for word in words if re.fullmatch("'[rwxabt+]+'", word)]
+        if name in ("read_text", "write_text"):
+            is_text, has_encoding = True, len(words) > (name == "write_text")
+        elif name in ("open", "fdopen", "TemporaryFile", "NamedTemporaryFile", "TextIOWrapper"):
+            binary = owner == "gzip" or "Temporary" in name  # where no mode is given
+            is_text = owner not in NO_TEXT_FILES and not (any("b" in mode for mode in modes) if modes else binary)
+            has_encoding = False
+        else:
+            is_text = "text" in keywords or "universal_newlines" in keywords  # of a subprocess
+            has_encoding = False
+        if is_text and not has_encoding and "encoding" not in keywords:
+            lines.append(call.lineno)
+    return lines
+
+
+@pytest.mark.parametrize("file", SOURCES)
+def test_text_is_read_and_written_in_utf_8_whatever_the_locale(file):
+    assert not texts_without_encoding(parse(file)), f"{file}: open text files with an encoding"
+
+
+@pytest.mark.parametrize("source, is_found", [
+    ("open(path)", True), ("open(path, 'rb')", False), ("open(path, encoding='utf-8')", False),
+    ("open(path, mode='w')", True), ("path.open(newline='')", True), ("path.open('wb')", False),
+    ("path.read_text()", True), ("path.read_text('utf-8')", False), ("path.write_text(text)", True),
+    ("path.write_text(text, 'utf-8')", False), ("path.write_text(text, encoding='utf-8')", False),
+    ("gzip.open(path)", False), ("gzip.open(path, 'rt')", True), ("tarfile.open(path)", False),
+    ("Image.open(path)", False), ("subprocess.run(words, text=True)", True), ("NamedTemporaryFile('w')", True)])
+def test_a_text_file_without_an_encoding_is_found(source, is_found):
+    assert bool(texts_without_encoding(ast.parse(source))) == is_found
+
+
 # ---- Places ----
 
 
