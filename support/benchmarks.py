@@ -15,7 +15,7 @@ from pathlib import Path
 
 from clip_min import ASSETS, UserError
 from support.downloads import download, file_digest
-from support.files import working_folder
+from support.files import expanded, working_folder
 from support.folders import read_split, read_subsets, warn
 from support.world import WORLD
 
@@ -48,7 +48,7 @@ def identify(name_or_folder):
     def plain(name):
         return re.sub("[-_ ]", "", name.lower())
 
-    text, folder = str(name_or_folder), Path(name_or_folder).expanduser()
+    text, folder = str(name_or_folder), expanded(name_or_folder)
     names = {plain(name): name for name in (*BENCHMARKS, *WORLD)}
     aliases = {plain(alias): source.name for source in BENCHMARKS.values() for alias in source.aliases}
     known = names.get(plain(text)) or aliases.get(plain(text))

@@ -40,7 +40,8 @@ def download(url, path, algorithm=None, digest=None, check=None, elsewhere="give
             return
         path.parent.mkdir(parents=True, exist_ok=True)
         remove_old(path.parent.glob(f"{path.name}.*.part*"))
-        part.touch()
+        part.touch()  # to see whether it can be written
+        part.unlink()
     except OSError as error:
         raise PlaceError(f"{path.parent} cannot be written ({error.strerror}): {elsewhere}.") from error
     print(f"Downloading {url}", file=sys.stderr)

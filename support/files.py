@@ -2,10 +2,11 @@
 
 data.load() and support/folders.py read inside readable(). support/benchmarks.py and support/world.py make folders with
 working_folder(). support/downloads.py and support/runs.py remove what killed processes left.
-support/weights.py keeps what it fetches below home_folder().
+support/weights.py keeps what it fetches below home_folder(), and what a user calls a place is expanded().
 """
 
 import glob
+import os
 import shutil
 import tempfile
 import time
@@ -24,6 +25,11 @@ def readable(folder):
         raise UserError(f"{error.filename or folder} cannot be used ({error.strerror}): give another folder") from error
     except UnicodeDecodeError as error:
         raise UserError(f"a list or classnames.txt of {folder} is not in UTF-8 ({error}): save it as UTF-8") from error
+
+
+def expanded(path):
+    """-> the Path with a home in place of its ~. Where no user has the name behind the ~, it stays as it is."""
+    return Path(os.path.expanduser(path))
 
 
 def home_folder():

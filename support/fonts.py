@@ -34,27 +34,35 @@ def fitting(text, size, room):
     A text longer than `room` pixels loses its end. Where Pillow's own font lacks letters, others of this machine come
     before it, and what none has is spelled out.
     """
-    text = unicodedata.normalize("NFC", " ".join(text.splitlines()))  # macOS may keep accents apart
-    parts = runs(text, size)
+    text = unicodedata.normalize("NFC", " ".join(text.splitlines()))[:room]  # macOS may keep accents apart
+    drawn = choose_fonts(text + ".", size)
+    parts = runs(text, drawn)
     while text and sum(font.getlength(part) for font, part in parts) > room:
         text = text[:-1]
-        parts = runs(text + "...", size)
+        parts = runs(text + "...", drawn)
     return parts
 
 
-def runs(text, size):
-    """-> [(font, part of the text), ...], each part as long as it can be."""
-    own, parts = ImageFont.load_default(size), []
+def choose_fonts(text, size):
+    """-> {letter: (its font, what is drawn for it)}, but for blanks and marks, and None: Pillow's own font."""
+    own = ImageFont.load_default(size)
     fonts = [*(ImageFont.truetype(path, size) for path in find_fonts(lacking(text, own))), own]
-    for letter in text:
-        font = parts[-1][0] if parts else own  # of a blank or an accent
-        if is_drawn(letter):
-            font = next((font for font in fonts if has(font, letter)), None)
-            font, letter = (font, letter) if font else (own, spelled_out(letter))
+    drawn = {None: own}
+    for letter in filter(is_drawn, set(text)):
+        font = next((font for font in fonts if has(font, letter)), None)
+        drawn[letter] = (font, letter) if font else (own, spelled_out(letter))
+    return drawn
+
+
+def runs(text, drawn):
+    """-> [(font, part of the text), ...], each part as long as it can be. drawn: what choose_fonts() gives."""
+    parts = []
+    for letter in text:  # a blank or an accent is drawn in the font of the letter before it
+        font, shown = drawn.get(letter, (parts[-1][0] if parts else drawn[None], letter))
         if parts and parts[-1][0] is font:
-            parts[-1][1] += letter
+            parts[-1][1] += shown
         else:
-            parts.append([font, letter])
+            parts.append([font, shown])
     return [(font, left_to_right(part, font)) for font, part in parts]
 
 

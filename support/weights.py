@@ -15,7 +15,7 @@ import torch
 
 from clip_min import ACTIVATIONS, ASSETS, CLIP, UserError, read_safetensors, read_weights
 from support.downloads import MachineError, PlaceError, download
-from support.files import home_folder
+from support.files import expanded, home_folder
 
 HUB = "https://huggingface.co/{}/resolve/main/{}"
 ELSEWHERE = "set HOME, on Windows USERPROFILE, to another folder, or give a weights file with --backbone"
@@ -41,7 +41,7 @@ def find_weights(name):
     """The weights file that a name, a folder or a path means. What a name means is fetched at first use."""
     if name == "tiny":
         return ASSETS / "tiny_clip.safetensors.gz"
-    path, cache, dashed = Path(name).expanduser(), home_folder() / ".cache" / "clip", dashes(name)
+    path, cache, dashed = expanded(name), home_folder() / ".cache" / "clip", dashes(name)
     repository = {dashes(model): repository for model, repository in OPENAI_MODELS.items()}.get(dashed, name)
     places = [path, cache / f"{dashed}.pt", cache / f"{dashed}.safetensors"]  # OpenAI's package uses the second
     for place in places + [folder / file for folder in (path, cache / repository) for file in CONFIGURATIONS]:

@@ -663,6 +663,15 @@ def test_a_split_file_goes_before_folders(tmp_path):
     assert benchmark.classnames == ["one of both"] and len(benchmark.train) == 2 and benchmark.own
 
 
+def test_a_tilde_before_the_name_of_nobody_is_part_of_a_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="is called ~nobody-has-this-name/photos"):
+        data.load("~nobody-has-this-name/photos")
+    touch(tmp_path, "~nobody-has-this-name")
+    with pytest.raises(UserError, match="~nobody-has-this-name"):
+        data.load("dtd", "~nobody-has-this-name/data")
+
+
 def test_an_unknown_name_lists_the_known_ones(tmp_path):
     with fails("imagenot", "dtd", "folder"):
         data.load("imagenot", tmp_path)

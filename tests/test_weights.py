@@ -475,6 +475,8 @@ def test_a_path_may_begin_with_a_tilde(file_of, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     write(tmp_path / "my.pt", file_of["state_dict"])
     assert load_clip("~/my.pt").encode_image(torch.zeros(1, 3, 32, 32)).shape == (1, 64)
+    with pytest.raises(UserError, match="There is no weights file ~nobody-has-this-name/my.pt"):
+        load_clip("~nobody-has-this-name/my.pt")
 
 
 # ---- Other people's forms: the same CLIP from each ----
