@@ -116,9 +116,11 @@ def lacking(text, font):
 
 
 def has(font, letter):
+    if unicodedata.category(letter) == "Cs":  # half of a character, as the name of a file may have it
+        return False
     try:
         drawn, unknown = font.getmask(letter), font.getmask(NEVER_A_LETTER)
-    except (OSError, ValueError):  # a damaged font; half of a character, as the name of a file may have it
+    except OSError:  # a damaged font
         return False
     return drawn.getbbox() is not None and (drawn.size != unknown.size or bytes(drawn) != bytes(unknown))
 

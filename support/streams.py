@@ -74,10 +74,13 @@ def is_terminal(stream):
 
 
 def begin_in_utf8():
-    """Where Python reads names and arguments in ASCII, begin the program anew in Python's UTF-8 mode.
+    """Where Python reads names and arguments in another encoding, begin the program anew in Python's UTF-8 mode.
 
-    That is so in the locale C with UTF-8 mode switched off. The names of classes and files, and so the prompts and the
-    predictions, would not be those of other machines.
+    That is so in old locales, and in the locale C with UTF-8 mode switched off. The names of classes and files, and so
+    the prompts and the predictions, would not be those of other machines.
     """
-    if codecs.lookup(sys.getfilesystemencoding()).name == "ascii":
+    encoding = codecs.lookup(sys.getfilesystemencoding()).name
+    if encoding != "utf-8":
+        if encoding != "ascii":  # the terminal of such a locale shows nothing else
+            os.environ.setdefault("PYTHONIOENCODING", encoding)
         os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])

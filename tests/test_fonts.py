@@ -119,12 +119,12 @@ def test_charts_have_the_fonts_of_their_texts_and_warn_of_nothing(tmp_path, monk
     make_font(tmp_path / "chinese.ttf", CHINESE)
     monkeypatch.setattr(fonts, "font_folders", lambda: [tmp_path])
     forget()
-    figure = charts.draw_gains({"coop 狗": {"猫": 3.0, "é": 2.0, "鼠": 1.0}, "vpt": {"猫": 3.0}})
+    figure = charts.draw_gains({"coop 狗": {"猫": 3.0, "é": 2.0, "鼠": 1.0, "\udcff": 0.0}, "vpt": {"猫": 3.0}})
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # matplotlib warns of each letter that it has no font for
         figure.savefig(io.BytesIO(), format="png")
     labels = figure.axes[0].get_yticklabels()
-    assert [label.get_text() for label in labels] == ["猫", "é", r"\u9f20"]
+    assert [label.get_text() for label in labels] == ["猫", "é", r"\u9f20", r"\udcff"]
     assert labels[0].get_fontfamily()[-1] == figure.axes[0].title.get_fontfamily()[-1] == "chinese"
     forget()
 

@@ -150,11 +150,15 @@ def test_in_the_locale_c_without_utf_8_mode_a_run_is_the_same(world, capsysbinar
     assert done.returncode == 0 and done.stdout == capsysbinary.readouterr().out and "猫".encode() in done.stdout
 
 
-def test_only_a_locale_that_reads_names_in_ascii_begins_the_program_anew(monkeypatch):
+@pytest.mark.parametrize("encoding, is_begun, output", [
+    ("utf-8", False, None), ("UTF8", False, None), ("ascii", True, None), ("iso8859-1", True, "iso8859-1")])
+def test_a_locale_that_reads_names_in_another_encoding_begins_the_program_anew(
+        monkeypatch, encoding, is_begun, output):
     begun = []
     monkeypatch.setattr(os, "execv", lambda file, words: begun.append(words))
+    monkeypatch.setattr(os, "environ", {})
     monkeypatch.setattr(sys, "orig_argv", ["python3", "-u", "train.py", "--data", "x"])
-    for encoding in "utf-8", "iso8859-1", "ascii":
-        monkeypatch.setattr(sys, "getfilesystemencoding", lambda encoding=encoding: encoding)
-        streams.begin_in_utf8()
-    assert begun == [[sys.executable, "-X", "utf8", "-u", "train.py", "--data", "x"]]
+    monkeypatch.setattr(sys, "getfilesystemencoding", lambda: encoding)
+    streams.begin_in_utf8()
+    assert begun == is_begun * [[sys.executable, "-X", "utf8", "-u", "train.py", "--data", "x"]]
+    assert os.environ.get("PYTHONIOENCODING") == output
