@@ -30,7 +30,7 @@ from clip_min import MEAN, STD, UserError, preprocess
 from support.benchmarks import BENCHMARKS, Source, identify, read_benchmark
 from support.checks import warn_of_few, warn_of_names, warn_of_untested
 from support.console import show
-from support.files import readable
+from support.files import expanded, readable
 from support.folders import find_files
 from support.identity import content
 from support.own import read_folder
@@ -89,7 +89,7 @@ def load(name_or_folder, root="data", shots=16, seed=1, whole=False):
     if shots < 0:
         raise UserError(f"shots must be 0, for all pictures, or more, found {shots}")
     name, own_path = identify(name_or_folder)
-    root, template, class_ids = Path(root).expanduser(), Source.template, None
+    root, template, class_ids = expanded(root), Source.template, None
     with readable(own_path or root):
         if own_path:
             folder = Path(own_path)

@@ -27,10 +27,10 @@ import data
 import train
 from clip_min import Method, UserError, preprocess
 from support import attention, charts
-from support.benchmarks import identify, published
+from support.benchmarks import identify, published, quoted
 from support.changes import find_moved, load_again
 from support.checks import without_trained
-from support.console import exit_status, quoted, show
+from support.console import exit_status, show, start
 from support.folders import SUFFIXES, pictures_below, shortened
 from support.machine import Machine, choose_machine
 from support.output import loss_bars, print_table, save_csv, save_picture, save_tensor
@@ -341,4 +341,4 @@ def draw_features(run, names, root):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    start(main)

@@ -18,7 +18,6 @@ import argparse
 import itertools
 import math
 import statistics
-import sys
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -37,10 +36,10 @@ from clip_min import Method, UserError, load_clip
 from coop import CoOp
 from dpt import CAVPT, DPT, VLP
 from fgvpl import FGVPL
-from support.benchmarks import published
+from support.benchmarks import published, quoted
 from support.changes import add_to_result, look_again, require_same_weights
 from support.checks import columns
-from support.console import advice, exit_status, print_settings, quoted, show_epoch
+from support.console import advice, exit_status, print_settings, show_epoch, start
 from support.identity import made_of, of_clip
 from support.loading import load_data, load_shifts
 from support.machine import average, cast_products, choose_machine, gather, join_processes, process_0_first
@@ -342,4 +341,4 @@ def load_run(folder, device=None):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    start(main)

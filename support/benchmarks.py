@@ -1,6 +1,6 @@
 """The eleven benchmarks and the four shifts of ImageNet: found under a root, fetched where absent, read, compared.
 
-data.load() calls identify() and read_benchmark(); train.py and report.py call published() for the papers' numbers. The
+data.load() calls identify() and read_benchmark(); train.py and report.py quote the papers' numbers, published(). The
 splits are those of CoOp's protocol, in CoOp's order: its lists split_zhou_*.json, where FGVC Aircraft has lists of its
 own, and ImageNet and its shifts are class folders. Those are sorted, where CoOp's picks follow the chance of a disk.
 """
@@ -15,7 +15,7 @@ from pathlib import Path
 
 from clip_min import ASSETS, UserError
 from support.downloads import download, file_digest
-from support.files import working_folder
+from support.files import expanded, working_folder
 from support.folders import class_folders, contents, number_classes, shortened, warn
 from support.lists import read_split
 from support.names import imagenet_names
@@ -51,7 +51,7 @@ def identify(name_or_folder):
     def plain(name):
         return re.sub("[-_ ]", "", name.lower())
 
-    text, folder = str(name_or_folder), Path(name_or_folder).expanduser()
+    text, folder = str(name_or_folder), expanded(name_or_folder)
     names = {plain(name): name for name in (*BENCHMARKS, *WORLD)}
     aliases = {plain(alias): source.name for source in BENCHMARKS.values() for alias in source.aliases}
     known = names.get(plain(text)) or aliases.get(plain(text))
@@ -69,7 +69,7 @@ def identify(name_or_folder):
 def is_here(name_or_folder, root):
     """Whether a data set can be read without fetching or drawing any of it."""
     name, own_path = identify(name_or_folder)
-    root = Path(root).expanduser()
+    root = expanded(root)
     if own_path or name in WORLD:
         return Path(own_path or root / name).is_dir()
     source = BENCHMARKS[name]
@@ -254,13 +254,20 @@ def published(run, data_name):
         return []
     wanted = [run.method, run.backbone, "0" if run.method == "zeroshot" else str(run.shots), data_name]
     changed, found = run.changed.keys() - {"precision", "prompts"}, []
-    with (ASSETS / "published.csv").open(newline="") as file:
+    with (ASSETS / "published.csv").open(newline="", encoding="utf-8") as file:
         for row in csv.DictReader(file):
             options = dict(pair.split("=", 1) for pair in row["options"].split(";") if pair)
             same_run = [row[key] for key in ("method", "backbone", "shots", "dataset")] == wanted
             if same_run and changed <= options.keys() and all(is_set(run, *option) for option in options.items()):
                 found.append((float(row["accuracy"]), f"{row['paper']}, {row['table']}"))
     return found
+
+
+def quoted(papers):
+    """What published() returns -> the text that stands behind a run's own accuracy."""
+    if not papers:
+        return ""
+    return f"  ({'; '.join(f'{source}: {accuracy:.2f}' for accuracy, source in papers)})"
 
 
 def is_set(run, name, text):

@@ -13,6 +13,7 @@ import data
 from clip_min import UserError
 from support.benchmarks import identify, is_here
 from support.checks import split_classes
+from support.files import expanded
 from support.folders import shortened, warn
 from support.identity import made_of, of_backbone, of_clip, of_pictures
 from support.loading import load_data, load_shifts
@@ -160,9 +161,9 @@ def find_moved(folder, saved, moved_to):
     if not saved["data_path"]:
         raise UserError(f"--data is for runs on own pictures and {folder} was made of {saved['data']}: --root says "
                         "where that is.")
-    if not Path(moved_to).expanduser().is_dir():
+    if not expanded(moved_to).is_dir():
         raise UserError(f"--data {moved_to} is no folder: give the one in which the pictures of {folder} are now.")
-    return str(Path(moved_to).expanduser().resolve())
+    return str(expanded(moved_to).resolve())
 
 
 def load_again(folder, saved, root):

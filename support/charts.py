@@ -7,12 +7,12 @@ optional: where it is missing, every chart ends in MissingMatplotlib, which says
 import math
 import statistics
 import textwrap
-import unicodedata
 
 import torch
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageOps
 
 from clip_min import UserError
+from support.fonts import chart_text, fitting, give_fonts
 from support.results import ZERO_SHOT
 from support.summary import by_shots
 
@@ -78,7 +78,7 @@ def add_legend(figure, handles, title=None):
 
 def wrapped(text, inches):
     """The text in lines of this width. A dollar sign is one, and no beginning of a formula."""
-    return textwrap.fill(text, max(10, int(inches / LETTER))).replace("$", r"\$")
+    return textwrap.fill(chart_text(text), max(10, int(inches / LETTER))).replace("$", r"\$")
 
 
 def style(n):
@@ -109,7 +109,7 @@ def draw_curves(curves):
         lowest.set_xlabel("labelled pictures per class")
     handles = dict(sorted(handles.items())) | {"zero-shot CLIP": start[0]}
     add_legend(figure, handles, "bars: standard deviation over the seeds")
-    return figure
+    return give_fonts(figure)
 
 
 def draw_gains(gains):
@@ -129,7 +129,7 @@ def draw_gains(gains):
         panel.set(xlim=(left, max(values) + room), ylim=(n_bars - 0.5, -0.5))  # the largest gain on top
         panel.grid(False, axis="y")
     figure.supxlabel("gain over zero-shot CLIP in percentage points", fontsize=10)
-    return figure
+    return give_fonts(figure)
 
 
 def draw_variances(gains, variances):
@@ -155,7 +155,7 @@ def draw_variances(gains, variances):
     add_legend(figure, dict(sorted(handles.items())))
     for panel in panels:
         part_texts(figure, list(panel.texts))
-    return figure
+    return give_fonts(figure)
 
 
 def name_points(panel, places):
@@ -201,7 +201,7 @@ def draw_features(features, classes, names):
         panel.set(xlim=(-1.1, 1.1), ylim=(-1.1, 1.1), xticks=[], yticks=[], aspect="equal", xlabel=caption)
         panel.spines[:].set(visible=True, color="#dddddd")
     add_legend(figure, handles)
-    return figure
+    return give_fonts(figure)
 
 
 def project(images, text):
@@ -235,13 +235,10 @@ def draw_sheet(titles, rows):
 
 
 def write(pen, x, y, text, room=THUMBNAIL + GAP - 4):
-    """A text longer than `room` pixels loses its end. The font that comes with Pillow knows no accents."""
-    font = ImageFont.load_default(FONT_SIZE)
-    text = shown = unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode()
-    while shown and font.getlength(shown) > room:
-        text = text[:-1]
-        shown = text + "..."
-    pen.text((x, y), shown, "black", font, anchor="lm")
+    """A text longer than `room` pixels loses its end."""
+    for font, part in fitting(text, FONT_SIZE, room):
+        pen.text((x, y), part, "black", font, anchor="lm")
+        x += font.getlength(part)
 
 
 def overlay(picture, values):

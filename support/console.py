@@ -1,8 +1,8 @@
-"""What a run says on the terminal, and how the two programs end.
+"""What a run says on the terminal, and how the two programs begin and end.
 
-train.py prints with these functions what a run is, how far it is, the papers' numbers beside its own, and advice;
-data.py shows how far a walk through the pictures is.
-train.py and report.py run inside exit_status(): a user's mistake ends with one sentence, never with a traceback.
+train.py prints with these functions what a run is, how far it is, and advice; data.py shows how far a walk through the
+pictures is. train.py and report.py begin with start() and run inside exit_status(): a user's mistake ends with one
+sentence, never with a traceback.
 """
 
 import math
@@ -14,8 +14,16 @@ from contextlib import suppress
 import torch
 
 from clip_min import UserError
+from support.streams import begin_in_utf8, is_terminal, ready_streams
 
 
+def start(main):
+    """Begin a program with main(), and end it with the status that this returns."""
+    begin_in_utf8()
+    sys.exit(main())
+
+
+@ready_streams()
 def exit_status(program, *args):
     """Call program(*args). -> 0, or what the program ends with after having said why.
 
@@ -33,7 +41,8 @@ def exit_status(program, *args):
         print("\nstopped: the same command goes on from here", file=sys.stderr)
         return 130
     except BrokenPipeError:  # somebody reads the first lines only
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        with suppress(AttributeError, OSError):  # a stream that is no file has no number
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     return 0
 
@@ -59,17 +68,10 @@ def show_epoch(epoch, epochs, loss, rates, seconds_left):
 
 def show(line, keep=False, in_log=False):
     """One live line on a terminal, written over by the next unless kept. A log gets only the lines meant for it."""
-    if sys.stdout.isatty():
+    if is_terminal(sys.stdout):
         print("\r" + line.ljust(70), end="\n" if keep else "", flush=True)
     elif in_log:
         print(line, flush=True)
-
-
-def quoted(papers):
-    """[(accuracy, source), ...] of support.benchmarks.published() -> what stands behind a run's own accuracy."""
-    if not papers:
-        return ""
-    return f"  ({'; '.join(f'{source}: {accuracy:.2f}' for accuracy, source in papers)})"
 
 
 def advice(after, epochs, n_classes):

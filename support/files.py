@@ -2,10 +2,12 @@
 
 data.load() and support/folders.py read inside readable(), support/lists.py and support/names.py with read_text().
 support/benchmarks.py and support/world.py make folders with working_folder(). support/downloads.py and support/runs.py
-remove what killed processes left.
+remove what killed processes left. support/hub.py keeps what it fetches below home_folder(), and what a user calls a
+place is expanded().
 """
 
 import glob
+import os
 import shutil
 import tempfile
 import time
@@ -31,6 +33,19 @@ def read_text(file):
     content = file.read_bytes()
     is_utf_16 = content.startswith((b"\xff\xfe", b"\xfe\xff"))  # PowerShell's > and others
     return content.decode("utf-16" if is_utf_16 else "utf-8-sig")
+
+
+def expanded(path):
+    """-> the Path with a home in place of its ~. Where no user has the name behind the ~, it stays as it is."""
+    return Path(os.path.expanduser(path))
+
+
+def home_folder():
+    """-> the user's home. Where nothing tells it, as in some containers, the present folder takes its place."""
+    try:
+        return Path.home()
+    except RuntimeError:
+        return Path.cwd()
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 """Names of CLIP weights, the Hugging Face hub and its cache: from what --backbone was given to a file on this machine.
 
-support/weights.py calls find_weights(), support/identity.py local_weights(). A cache is looked into first, and a file is fetched whole or not at all.
-ways_to_the_hub() alone knows that the package huggingface_hub may be installed or not.
+support/weights.py calls find_weights(), support/identity.py local_weights(). A cache is looked into first, and a file
+is fetched whole or not at all. ways_to_the_hub() alone knows that the package huggingface_hub may be installed or not.
 """
 
 import os
@@ -9,7 +9,8 @@ import re
 from pathlib import Path
 
 from clip_min import ASSETS, UserError
-from support.downloads import download
+from support.downloads import PlaceError, download
+from support.files import expanded, home_folder
 
 OPENAI_MODELS = {  # the repositories of OpenAI's weights: open_clip's, from which they are fetched, and transformers'
     "ViT-B/32": ("timm/vit_base_patch32_clip_224.openai", "openai/clip-vit-base-patch32"),
@@ -22,6 +23,7 @@ CONFIGURATIONS = {  # of the weights files that folders and repositories have: o
     "model.safetensors": "config.json", "pytorch_model.bin": "config.json",
 }
 YES = ("1", "ON", "YES", "TRUE")
+ELSEWHERE = "set HOME, on Windows USERPROFILE, to another folder, or give a weights file with --backbone"
 
 
 class NotThere(Exception):
@@ -36,7 +38,7 @@ def find_weights(name, check):
     found = local_weights(name)
     if found:
         return found
-    path, repository = Path(name).expanduser(), repositories_of(name)[0]
+    path, repository = expanded(name), repositories_of(name)[0]
     if path.is_dir():
         kind = "has no weights of a CLIP"
         if (path / "model_index.json").exists():
@@ -61,11 +63,11 @@ def local_weights(name):
     """The weights file that a name, a folder or a path means, or None where it has to be fetched or there is none."""
     if name == "tiny":
         return ASSETS / "tiny_clip.safetensors.gz"
-    path, cache, repositories = Path(name).expanduser(), Path.home() / ".cache" / "clip", repositories_of(name)
+    path, cache, repositories = expanded(name), home_folder() / ".cache" / "clip", repositories_of(name)
     places = [path, cache / f"{dashes(name)}.pt", cache / f"{dashes(name)}.safetensors"]  # OpenAI's package: the second
     folders = path, cache / repositories[0]
     for place in places + [folder / file for folder in folders for file in CONFIGURATIONS]:
-        if place.is_file():
+        if os.path.isfile(place):  # also where the home may not be read
             return place
     if path.is_dir() or not is_repository(repositories[0]):
         return None
@@ -133,22 +135,24 @@ def fetch_by_package(repository, configuration, file, check):
         if status == 404 or isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
             raise NotThere from error
         detail = " ".join(str(error).split())[:300].rstrip(".")
-        raise UserError(f"huggingface_hub could not fetch {repository} ({detail}): try again, or put {file} and "
-                        f"{configuration} into {own_folder(repository)} by hand.") from error
+        remedy = f"try again, or put {file} and {configuration} into {own_folder(repository)} by hand"
+        if getattr(error, "errno", None):  # its cache cannot be written, or the disk is full
+            remedy = "set HF_HOME to another folder"
+        raise UserError(f"huggingface_hub could not fetch {repository} ({detail}): {remedy}.") from error
 
 
 # ---- Without it ----
 
 
 def own_folder(repository):
-    return Path.home() / ".cache" / "clip" / repository
+    return home_folder() / ".cache" / "clip" / repository
 
 
 def look_up(repository, file):
     """As the package's: its cache has a folder for each commit, and a note which of them is the newest."""
     home = os.environ.get("HF_HOME") or os.environ.get("XDG_CACHE_HOME", "~/.cache") + "/huggingface"
     cache = os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE") or f"{home}/hub"
-    folder = Path(cache).expanduser() / f"models--{repository.replace('/', '--')}"
+    folder = expanded(cache) / f"models--{repository.replace('/', '--')}"
     try:
         commit = (folder / "refs" / "main").read_text("utf-8").strip()
         found = folder / "snapshots" / commit / file
@@ -174,7 +178,9 @@ def fetch(repository, configuration, file, check):
     for wanted in configuration, file:
         try:
             download(f"{endpoint}/{repository}/resolve/{revision}/{wanted}", folder / wanted, check=check,
-                     token=os.environ.get("HF_TOKEN", "").strip())
+                     token=os.environ.get("HF_TOKEN", "").strip(), elsewhere=ELSEWHERE)
+        except PlaceError:  # no mirror would help
+            raise
         except UserError as error:
             code = getattr(error.__cause__, "code", None)
             if code == 404:

@@ -69,7 +69,7 @@ def join_processes(machine):
     backend = "nccl" if machine.device.type == "cuda" else "gloo"
     distributed.init_process_group(backend, timeout=timedelta(days=1))  # the others wait while process 0 downloads
     if distributed.get_rank():
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (as long as the process)
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 (as long as the process)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)  # torchrun ends those that wait for a process that has failed
     ended_well = False
     try:

@@ -51,9 +51,15 @@ def save_tensor(path, name, tensor, notes):
 
 
 def print_table(title, head, rows):
+    """Print a Markdown table."""
     print(f"\n{title}\n")
     for row in [head, ["---"] * len(head), *rows]:
-        print(f"| {' | '.join(map(str, row))} |")
+        print(f"| {' | '.join(map(table_cell, row))} |")
+
+
+def table_cell(value):
+    """A class name may have what would end its cell or its row."""
+    return " ".join(str(value).splitlines()).replace("|", r"\|")
 
 
 def loss_bars(losses):

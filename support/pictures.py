@@ -1,10 +1,14 @@
 """Picture files: opened with an error that names the file, and a user's own made as their owner sees them.
 
 data.read() calls opened(), as_its_owner_sees_it() and scale_grey(). A file that cannot be read is called broken only
-where the machine is not to blame.
+where the machine is not to blame. What Pillow warns of, such as a corrupt EXIF or many megapixels, is not shown: it
+names no picture, and the picture is read all the same.
 """
 
+import logging
 import math
+import re
+import warnings
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -14,10 +18,15 @@ from clip_min import UserError
 from support.folders import warn
 from support.formats import remedy
 
+OF_PILLOW = re.compile(r"PIL\.")
+logging.getLogger("PIL").addHandler(logging.NullHandler())  # what it logs ends in an error, which names the picture
+
 
 @contextmanager
 def opened(path):
     """A picture file with its header read. Whatever breaks in the block is a UserError with the path."""
+    if [rule[3] for rule in warnings.filters[:1]] != [OF_PILLOW]:  # catch_warnings() is not safe with several threads
+        warnings.filterwarnings("ignore", module=OF_PILLOW.pattern)
     try:
         with Image.open(path) as image:
             yield image

@@ -12,7 +12,7 @@ import torch
 
 from clip_min import START, UserError, encode
 from support.checks import columns
-from support.files import readable
+from support.files import expanded, readable
 from support.folders import shortened, warn
 from support.foreign import EMBEDDINGS, read_file, read_official
 
@@ -116,7 +116,7 @@ def alike(here, there):
 
 def read_learned(path, method):
     """A run's folder or prompts.pt, or output of the official code of this method -> Learned. Else UserError."""
-    path = Path(path).expanduser().resolve()
+    path = expanded(path).resolve()
     with readable(path):
         if not path.exists():
             raise UserError(f"{path} of --prompts does not exist: give a run's folder, or output of the official code.")

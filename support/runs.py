@@ -193,7 +193,7 @@ def save_run(folder, bench, method, description, evaluation, result):
             new.mkdir()
             torch.save(prompts, new / "prompts.pt")
             write_predictions(new / "predictions.csv", bench, evaluation)
-            (new / "result.json").write_text(json.dumps(result, indent=1) + "\n")
+            (new / "result.json").write_text(json.dumps(result, indent=1) + "\n", "utf-8")
             if folder.exists():
                 folder.rename(old)
             try:

@@ -7,6 +7,7 @@ leaves the decision to the recipe, and an option that a method does not have is 
 import argparse
 import hashlib
 import math
+import sys
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from pathlib import Path
 import data
 from clip_min import UserError
 from support.benchmarks import spell
+from support.files import expanded
 from support.hub import OPENAI_MODELS, dashes
 from support.prompts import read_learned
 from support.world import WORLD
@@ -50,8 +52,9 @@ class Settings:
             return text.replace("/", "-") + (f"-{digest}" if path else "")
 
         method = ",".join([self.method, *(f"{key}={value}" for key, value in self.changed.items())])
-        if len(method) > 150:  # long templates: most systems allow a name 255 bytes
-            method = name(method[:100], method)
+        refused = {*'<>:"|?*\\'} & {*method} if sys.platform == "win32" else set()
+        if len(method) > 150 or refused:  # long templates: most systems allow a name 255 bytes
+            method = name("".join("-" if sign in refused else sign for sign in method[:100]), method)
         run = f"{name(self.backbone, self.backbone_path)}_{self.shots}shot_seed{self.seed}"
         return Path(name(self.data, self.data_path), name(method), run)
 
@@ -109,7 +112,7 @@ def differences(chosen, defaults):
 def identify_backbone(backbone):
     """-> its name and, of a user's own file or folder of weights, the absolute path, else ""."""
     names = {dashes(name): name for name in OPENAI_MODELS}  # ViT-B-16 is ViT-B/16
-    backbone, path = names.get(backbone, backbone), Path(backbone).expanduser()
+    backbone, path = names.get(backbone, backbone), expanded(backbone)
     if path.exists() and backbone not in ("tiny", *OPENAI_MODELS):
         return path.name.removesuffix(path.suffix), str(path.resolve())
     return backbone, ""

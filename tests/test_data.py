@@ -12,6 +12,7 @@ import struct
 import tarfile
 import threading
 import time
+import warnings
 import zipfile
 from collections import Counter
 from dataclasses import replace
@@ -661,6 +662,15 @@ def test_a_split_file_goes_before_folders(tmp_path):
     assert benchmark.classnames == ["one of both"] and len(benchmark.train) == 2 and benchmark.own
 
 
+def test_a_tilde_before_the_name_of_nobody_is_part_of_a_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="is called ~nobody-has-this-name/photos"):
+        data.load("~nobody-has-this-name/photos")
+    touch(tmp_path, "~nobody-has-this-name")
+    with pytest.raises(UserError, match="~nobody-has-this-name"):
+        data.load("dtd", "~nobody-has-this-name/data")
+
+
 def test_an_unknown_name_lists_the_known_ones(tmp_path):
     with fails("imagenot", "dtd", "folder"):
         data.load("imagenot", tmp_path)
@@ -1152,6 +1162,24 @@ def test_a_picture_that_is_too_large_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
     with fails(path, "DecompressionBombError"):
         data.read(path)
+
+
+CORRUPT_EXIF = b"Exif\0\0MM\0*\0\0\0\x08\0\x05\x01\x12\0\x03"  # it says that it has five entries
+
+
+def test_what_pillow_warns_of_is_not_shown_since_it_names_no_picture(tmp_path, monkeypatch):
+    paths = [str(save(noise(), tmp_path / f"{n}.jpg", exif=CORRUPT_EXIF)) for n in range(4)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(UserWarning, match="Corrupt EXIF"):
+            Image.open(paths[0]).getexif()
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1300)  # twice as many are an error
+        for before in warnings.resetwarnings, lambda: warnings.simplefilter("error"):
+            before()
+            pictures = data.Pictures([(path, 0) for path in paths], None, own=True)
+            assert data.decode_all(pictures) and len(pictures.decoded) == 4  # with several threads
+        with pytest.raises(UserWarning, match="of another library"):
+            warnings.warn("of another library", stacklevel=1)
 
 
 def test_only_a_users_own_pictures_are_turned_upright(tmp_path):

@@ -27,14 +27,15 @@ BUDGETS = {
     "clip_min.py": 635, "coop.py": 125, "vpt.py": 80, "dpt.py": 290, "upt.py": 190, "fgvpl.py": 340,
     "data.py": 350, "train.py": 350, "report.py": 350,
     "support/settings.py": 170, "support/runs.py": 270, "support/machine.py": 130, "support/weights.py": 330,
-    "support/benchmarks.py": 280, "support/folders.py": 200, "support/world.py": 110, "support/summary.py": 170,
+    "support/benchmarks.py": 285, "support/folders.py": 200, "support/world.py": 110, "support/summary.py": 170,
     "support/charts.py": 260,
     "support/__init__.py": 5, "support/apart.py": 70, "support/archives.py": 170, "support/attention.py": 55,
-    "support/changes.py": 200, "support/checks.py": 135, "support/console.py": 85, "support/downloads.py": 85,
-    "support/foreign.py": 120, "support/formats.py": 70, "support/hub.py": 190, "support/identity.py": 100,
-    "support/kinds.py": 180, "support/lists.py": 180, "support/loading.py": 45, "support/names.py": 80,
-    "support/own.py": 120, "support/prompts.py": 150, "support/scores.py": 60,
-    "support/files.py": 65, "support/output.py": 75, "support/pictures.py": 70, "support/results.py": 170,
+    "support/changes.py": 200, "support/checks.py": 135, "support/console.py": 85, "support/downloads.py": 95,
+    "support/files.py": 85, "support/fonts.py": 195, "support/foreign.py": 120, "support/formats.py": 70,
+    "support/hub.py": 195, "support/identity.py": 100, "support/kinds.py": 180, "support/lists.py": 180,
+    "support/loading.py": 45, "support/names.py": 80, "support/output.py": 75, "support/own.py": 120,
+    "support/pictures.py": 75, "support/prompts.py": 150, "support/results.py": 170, "support/scores.py": 60,
+    "support/streams.py": 90,
 } | dict.fromkeys(BASELINES, 110)
 
 TOP_LEVEL = {"README.md", "requirements.txt", "LICENSE", "clip_min.py", *(f"{name}.py" for name in METHODS), "data.py",
@@ -143,6 +144,51 @@ def test_no_files_import_each_other_in_a_circle():
         free = {name for name, needed in arrows.items() if not needed & arrows.keys()}
         assert free, f"a circle among {sorted(arrows)}"
         arrows = {name: needed for name, needed in arrows.items() if name not in free}
+
+
+# ---- Encodings ----
+
+NO_TEXT_FILES = {"Image", "tarfile", "archive", "os"}  # whose open() gives pictures, archives, members of one, numbers
+
+
+def texts_without_encoding(tree):
+    """-> the lines where a text file is opened, read or written in the encoding that the locale happens to have."""
+    lines = []
+    for call in [node for node in ast.walk(tree) if isinstance(node, ast.Call)]:
+        function = call.func
+        name = getattr(function, "attr", getattr(function, "id", ""))
+        owner = getattr(getattr(function, "value", None), "id", "")
+        keywords, words = {keyword.arg for keyword in call.keywords}, [ast.unparse(word) for word in call.args]
+        words += [ast.unparse(keyword.value) for keyword in call.keywords if keyword.arg == "mode"]
+        modes = [word[1:-1] for word in words if re.fullmatch("'[rwxabt+]+'", word)]
+        if name in ("read_text", "write_text"):
+            is_text, has_encoding = True, len(words) > (name == "write_text")
+        elif name in ("open", "fdopen", "TemporaryFile", "NamedTemporaryFile", "TextIOWrapper"):
+            binary = owner == "gzip" or "Temporary" in name  # where no mode is given
+            is_text = owner not in NO_TEXT_FILES and not (any("b" in mode for mode in modes) if modes else binary)
+            has_encoding = False
+        else:
+            is_text = "text" in keywords or "universal_newlines" in keywords  # of a subprocess
+            has_encoding = False
+        if is_text and not has_encoding and "encoding" not in keywords:
+            lines.append(call.lineno)
+    return lines
+
+
+@pytest.mark.parametrize("file", SOURCES)
+def test_text_is_read_and_written_in_utf_8_whatever_the_locale(file):
+    assert not texts_without_encoding(parse(file)), f"{file}: open text files with an encoding"
+
+
+@pytest.mark.parametrize("source, is_found", [
+    ("open(path)", True), ("open(path, 'rb')", False), ("open(path, encoding='utf-8')", False),
+    ("open(path, mode='w')", True), ("path.open(newline='')", True), ("path.open('wb')", False),
+    ("path.read_text()", True), ("path.read_text('utf-8')", False), ("path.write_text(text)", True),
+    ("path.write_text(text, 'utf-8')", False), ("path.write_text(text, encoding='utf-8')", False),
+    ("gzip.open(path)", False), ("gzip.open(path, 'rt')", True), ("tarfile.open(path)", False),
+    ("Image.open(path)", False), ("subprocess.run(words, text=True)", True), ("NamedTemporaryFile('w')", True)])
+def test_a_text_file_without_an_encoding_is_found(source, is_found):
+    assert bool(texts_without_encoding(ast.parse(source))) == is_found
 
 
 # ---- Places ----

@@ -4,11 +4,13 @@ sentence. Nothing else is raised, nothing hangs, no number that is not finite ge
     MUTATIONS=100000 python -m pytest tests/test_mutations.py      # longer, by hand: so many of each kind of file
 """
 
+import contextlib
 import io
 import json
 import math
 import os
 import random
+import re
 import shutil
 import signal
 from contextlib import suppress
@@ -24,7 +26,10 @@ import data
 import report
 import train
 from clip_min import CLIP, UserError, encode, load_clip, tokenize
+from support import charts, fonts, streams
 from support.machine import Machine
+from support.output import print_table
+from support.streams import Tee
 
 COUNT = int(os.environ.get("MUTATIONS", 300))
 SIZES = TINY | dict(resolution=16, vision_layers=1, vision_width=64, text_layers=1, joint=8)
@@ -411,6 +416,28 @@ def test_pictures(form, tmp_path):
 
 
 # ---- Texts ----
+
+
+def test_texts_on_every_stream_and_every_picture(monkeypatch):
+    rng = random.Random("streams")
+    monkeypatch.setattr(fonts, "installed_fonts", lambda: [])  # those of this machine are chance
+    fonts.find_fonts.cache_clear()
+    for i in range(COUNT // 3):
+        text, encoding = odd_text(rng), rng.choice(["ascii", "cp1252", "cp932", "utf-8"])
+        file = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+        stream = rng.choice([file, Tee(file)])
+
+        def use(text=text, stream=stream):
+            with contextlib.redirect_stdout(stream), streams.ready_streams():
+                print_table("title", ["class"], [[text]])
+                print(text, flush=True)
+            return charts.draw_sheet([], [[(Image.new("RGB", (4, 4)), [text])]])
+
+        assert survives(use, f"{i}: {encoding}, {text!a}")
+        file.flush()
+        shown = file.buffer.getvalue().decode(encoding)
+        (row,) = [line for line in shown.split("\n")[5:6]]
+        assert row.startswith("| ") and len(re.findall(r"(?<!\\)\|", row)) == 2, f"{i}: {text!a}"
 
 
 def test_texts():

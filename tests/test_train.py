@@ -640,6 +640,19 @@ def test_templates_of_the_command_are_averaged_and_kept(start, tmp_path, capsys)
         assert stop.value.code == 2 and "needs one {}" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("texts", [("a {}.", "the {}."), ('a {}? "yes"',), ("data: {}",), ("{}\\",)])
+def test_on_windows_templates_make_no_folder_that_it_refuses(monkeypatch, texts):
+    def folder(*texts):
+        args = train.parse_arguments(["--template", *texts])
+        return train.resolve_settings(args, train.METHODS, "shapes", "coop", 16, 1).folder.parts[1]
+
+    elsewhere = folder(*texts)
+    assert elsewhere == f"coop,template={' | '.join(texts)}"
+    monkeypatch.setattr(sys, "platform", "win32")
+    assert not set(folder(*texts)) & set('<>:"|?*\\') and folder("a {}.") == "coop,template=a {}."
+    assert len({folder("a {}?"), folder("a {}*"), folder("a {}-")}) == 3
+
+
 def test_the_same_seed_gives_the_same_run_to_the_bit_and_another_seed_another(start, finished, tmp_path):
     assert start("--seeds", 2, 1) == 0  # whatever ran before it
     again, other = run_folders(tmp_path / "runs")

@@ -516,6 +516,8 @@ def test_a_path_may_begin_with_a_tilde(file_of, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     write(tmp_path / "my.pt", file_of["state_dict"])
     assert load_clip("~/my.pt").encode_image(torch.zeros(1, 3, 32, 32)).shape == (1, 64)
+    with pytest.raises(UserError, match="There is no weights file ~nobody-has-this-name/my.pt"):
+        load_clip("~nobody-has-this-name/my.pt")
 
 
 # ---- Other people's forms: the same CLIP from each ----
@@ -1152,6 +1154,41 @@ def test_no_network_at_all_is_one_sentence_too(hub, monkeypatch):
         load_clip("ViT-B/16")
 
 
+@pytest.mark.parametrize("name", ["ViT-B/16", "laion/CLIP-B"])
+def test_where_the_home_cannot_be_written_the_cause_and_another_place_are_named(hub, tmp_path, monkeypatch, name):
+    home = write(tmp_path / "file", b"")
+    monkeypatch.setenv("HOME", str(home))
+    with pytest.raises(UserError) as error:
+        load_clip(name)
+    message = str(error.value)
+    assert re.fullmatch(rf"{re.escape(str(home))}/\.cache/clip/\S+ cannot be written \(Not a directory\): set HOME, on "
+                        "Windows USERPROFILE, to another folder, or give a weights file with --backbone.", message)
+    assert not hub.requests
+
+
+def test_a_disk_that_is_full_is_named_as_such(hub, monkeypatch):
+    monkeypatch.setattr(downloads, "fetch", fail_with(OSError(28, "No space left on device")))
+    with pytest.raises(UserError, match="is full .No space left on device.: make room, or set HOME"):
+        load_clip("ViT-B/16")
+    assert below(hub.cache) == []
+
+
+def fail_with(error):
+    def fail(*_, **__):
+        raise error
+    return fail
+
+
+def test_a_home_that_may_not_be_read_or_is_not_known_hides_no_file_of_ones_own(file_of, tmp_path, monkeypatch):
+    path = write(tmp_path / "my.pt", file_of["state_dict"])
+    monkeypatch.setattr(Path, "is_file", fail_with(PermissionError(13, "Permission denied")))
+    monkeypatch.setattr(Path, "home", fail_with(RuntimeError("Could not determine home directory.")))
+    monkeypatch.chdir(tmp_path)
+    assert weights.find_weights(str(path), check=None) == path
+    write(tmp_path / ".cache" / "clip" / "ViT-B-16.pt", file_of["state_dict"])
+    assert weights.find_weights("ViT-B/16", check=None).resolve() == tmp_path / ".cache" / "clip" / "ViT-B-16.pt"
+
+
 # ---- huggingface_hub ----
 
 
@@ -1221,6 +1258,10 @@ def test_what_the_package_cannot_fetch_is_one_sentence(package, hub):
     with pytest.raises(UserError, match=r"some/gated \(401[^\n]*by hand.$") as error:
         load_clip("some/gated")
     assert str(hub.cache / "some/gated") in str(error.value)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys.modules["huggingface_hub"], "hf_hub_download", fail_with(PermissionError(13, "denied")))
+        with pytest.raises(UserError, match=r"some/one \([^\n]*denied[^\n]*\): set HF_HOME to another folder.$"):
+            load_clip("some/one")
     package.offline = True
     with pytest.raises(UserError, match=r"some/other \(Cannot find the requested files in the disk cache\)"):
         load_clip("some/other")
