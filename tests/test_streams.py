@@ -1,5 +1,6 @@
 """Where the programs print, and in which locale: what support/streams.py promises, shown with the two programs."""
 
+import ast
 import contextlib
 import io
 import os
@@ -54,22 +55,21 @@ def program(*words, closed="", **environment):
 
 
 def test_a_report_shows_what_an_encoding_lacks_in_other_signs(world):
-    done = program("report.py", finished(world / "runs")[0], PYTHONIOENCODING="cp1252")
-    out = done.stdout.decode("cp1252")
-    assert done.returncode == 0 and re.search(r"^loss          [1-8]{2} from", out, re.MULTILINE)
+    out = printed("cp1252", report.main, [str(finished(world / "runs")[0])])
+    assert re.search(r"^loss          [1-8]{2} from", out, re.MULTILINE)
     for name in r"\u05d7\u05ea\u05d5\u05dc", r"\u732b", "café":
         assert f"| {name} |" in out
 
 
 def test_a_run_is_printed_in_ascii(world):
-    done = program("train.py", *flags(world, "ascii"), PYTHONIOENCODING="ascii")
-    assert done.returncode == 0 and rb"vectors] caf\xe9." in done.stdout
+    out = printed("ascii", train.main, flags(world, "ascii"))
+    assert r"vectors] caf\xe9." in out and finished(world / "ascii")
 
 
 def printed(encoding, function, *words):
     """-> what a function prints to a stdout in an encoding."""
     with contextlib.redirect_stdout(io.TextIOWrapper(io.BytesIO(), encoding=encoding)) as stream:
-        streams.ready_streams()(function)(*words)
+        function(*words)
         stream.flush()
         return stream.buffer.getvalue().decode(encoding)
 
@@ -78,7 +78,7 @@ def printed(encoding, function, *words):
 @pytest.mark.parametrize("shown, instead", [
     ("41.67 ± 8.33", "41.67 +- 8.33"), ("a → b", "a -> b"), ("▁▂▃▄▅▆▇█", "12345678"), ("half \udcff", r"half \udcff")])
 def test_the_programs_own_signs_stay_readable(encoding, shown, instead):
-    assert printed(encoding, print, shown).strip() in (shown, instead)
+    assert printed(encoding, streams.ready_streams()(print), shown).strip() in (shown, instead)
 
 
 @pytest.mark.parametrize("encoding, sign", [("cp1252", "±"), ("ascii", "+-")])
@@ -95,8 +95,6 @@ def test_without_a_stream_a_run_is_made_quietly(world):
     assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
     (run,), (first, _) = finished(world / "closed"), finished(world / "runs")
     assert (run / "predictions.csv").read_bytes() == (first / "predictions.csv").read_bytes()
-    done = program("report.py", run, "--mistakes", "--predict", world / "photos", closed=">&-")
-    assert done.returncode == 0 and done.stdout == b"" and (run / "mistakes.png").exists()
 
 
 def test_without_a_stream_a_mistake_has_its_status(tmp_path, monkeypatch):
@@ -139,15 +137,20 @@ def test_a_stream_that_is_no_terminal_gets_the_lines_of_a_log(capsys):
 # ---- Locales ----
 
 
-def test_in_the_locale_c_without_utf_8_mode_a_run_is_the_same(world, capsysbinary):
+def test_in_the_locale_c_without_utf_8_mode_a_run_is_the_same(world):
     done = program("train.py", *flags(world, "c"), **C_LOCALE)
     assert done.returncode == 0, done.stderr
     (run,), (first, _) = finished(world / "c"), finished(world / "runs")
     for file in "predictions.csv", "prompts.pt":
         assert (run / file).read_bytes() == (first / file).read_bytes(), file
-    assert report.main([str(first), "--mistakes"]) == 0
-    done = program("report.py", first, "--mistakes", **C_LOCALE)
-    assert done.returncode == 0 and done.stdout == capsysbinary.readouterr().out and "猫".encode() in done.stdout
+    assert "猫".encode() in done.stdout
+
+
+@pytest.mark.parametrize("program", [train, report])
+def test_both_programs_begin_alike(program):
+    """What is shown of one in the tests above holds for the other."""
+    assert ast.unparse(ast.parse(Path(program.__file__).read_text("utf-8")).body[-1]) == (
+        "if __name__ == '__main__':\n    start(main)")
 
 
 @pytest.mark.parametrize("encoding, is_begun, output", [
