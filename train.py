@@ -119,7 +119,9 @@ def run(settings, folder, args, machine):
     warn_of_moved(bench, folder.parents[1])
 
     torch.manual_seed(settings.seed)  # initial prompts and dropout; pictures have random streams of their own
-    method = make_method(settings, clip, bench, machine.device, learned)
+    method = METHODS[settings.method](clip, bench.classnames, settings.templates, **settings.options).to(machine.device)
+    if learned:
+        learned.put_into(method, bench, settings)
     if new_classes:
         method.for_classes(new_classes.classnames)  # a method that cannot says so before it is trained
     print_settings(settings, bench, machine, method)
@@ -161,13 +163,6 @@ def run(settings, folder, args, machine):
         save_run(folder, bench, method, description, after, result)
         checkpoint.remove()
         print(f"saved       {folder}")
-
-
-def make_method(settings, clip, bench, device, learned):
-    """-> the method for the classes of `bench`: a new one, or the one that --prompts names."""
-    def make(classnames):
-        return METHODS[settings.method](clip, classnames, settings.templates, **settings.options).to(device)
-    return learned.method(bench, make, settings) if learned else make(bench.classnames)
 
 
 def revisit(settings, folder, args, machine):

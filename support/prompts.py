@@ -57,12 +57,12 @@ class Learned(NamedTuple):
             return {f"{self.saved['data_path']}/{path}": digest for path, digest in self.saved["train"].items()}
         return self.saved.get("train", {})
 
-    def method(self, bench, make, settings):
-        """-> the method with these tensors, for the classes of `bench`. make: called with class names -> a new one."""
-        method, tensors = make(bench.classnames), self.tensors
-        trained_for = self.saved.get("classnames", method.classnames)
+    def put_into(self, method, bench, settings):
+        """Give these tensors to a new method for the classes of `bench`. UserError if they do not fit."""
+        tensors, trained_for = self.tensors, self.saved.get("classnames", method.classnames)
         if trained_for != method.classnames:  # what belongs to the classes trained on is read in part, or refused
-            trained = self.fill(make(trained_for), tensors)
+            trained = type(method)(method.clip, trained_for, settings.templates, **settings.options)
+            trained = self.fill(trained.to(method.zero_shot.device), tensors)
             tensors = trained.for_classes(bench.classnames, columns(bench, self.saved["class_ids"])).learned()
         self.fill(method, tensors)
         for what, here in dict(backbone=settings.backbone, shots=settings.shots).items():
@@ -71,7 +71,6 @@ class Learned(NamedTuple):
         if self.embeddings.keys() >= set(EMBEDDINGS):
             self.compare_embeddings(method)
         print(f"taken over  {sum(tensor.numel() for tensor in tensors.values()):,} numbers from {self.path}")
-        return method
 
     def fill(self, method, tensors):
         """-> the method with the tensors. An auxiliary classifier that is missing or does not fit stays as it is."""

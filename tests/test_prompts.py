@@ -177,8 +177,10 @@ def take_over(folder, method, clip, names=NAMES, **options):
     """-> our method with the tensors of a folder or file."""
     learned, method_class = read_learned(folder, method), train.METHODS[method]
     options = learned.options(method_class.default_options()) | options
-    return learned.method(SimpleNamespace(classnames=names, class_ids=None),
-                          lambda names: method_class(clip, names, **options), SimpleNamespace(backbone="", shots=16))
+    method = method_class(clip, names, **options)
+    settings = SimpleNamespace(backbone="", shots=16, templates=method.templates, options=options)
+    learned.put_into(method, SimpleNamespace(classnames=names, class_ids=None), settings)
+    return method
 
 
 OUTPUTS = {  # what the official code was trained with, and what the command has to say of it
