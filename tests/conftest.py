@@ -33,9 +33,15 @@ def random_numbers(rng, *shape, std=1.0):
     return numbers.reshape(shape) * (std * 3**0.5 / 2**15)  # spread from -1 to 1 they deviate by 1 / sqrt(3)
 
 
-def random_state_dict(
-    joint, resolution, vision_layers, vision_width, patch, text_width, text_layers, vocab=49408, seed=0):
+def random_state_dict(**sizes):
     """Random weights under OpenAI's keys, on the scale of CLIP's initialisation, so that no layer saturates."""
+    return {key: tensor.clone() for key, tensor in drawn_state_dict(**sizes).items()}
+
+
+@functools.lru_cache(maxsize=8)  # most tests want the same
+def drawn_state_dict(
+    joint, resolution, vision_layers, vision_width, patch, text_width, text_layers, vocab=49408, seed=0):
+    """See random_state_dict."""
     draw = functools.partial(random_numbers, random.Random(seed))
 
     state = {
