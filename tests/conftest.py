@@ -22,6 +22,8 @@ B16 = B32 | dict(patch=16)
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "cuda: needs a CUDA GPU, and is skipped without one")
+    # How many seconds a DataLoader that is given up waits for its workers, where it is 5 otherwise.
+    torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL = 1.0
 
 
 def random_numbers(rng, *shape, std=1.0):

@@ -31,7 +31,7 @@ from support.machine import Machine
 from support.output import print_table
 from support.streams import Tee
 
-COUNT = int(os.environ.get("MUTATIONS", 200))
+COUNT = int(os.environ.get("MUTATIONS", 150))
 SIZES = TINY | dict(resolution=16, vision_layers=1, vision_width=64, text_layers=1, joint=8)
 ODD_VALUES = [None, True, 0, -1, 1e308, 10**400, math.nan, math.inf, "", "x", "..", "{}", [], [[]], {}, {"a": 1}]
 ODD_CHARACTERS = [*"aZ0 _./\\{}<>|&;'\"\t\n\r", *map(chr, (0, 7, 27, 127, 133, 160, 173, 0x301, 0x200B, 0x2028, 0x202E,

@@ -81,7 +81,7 @@ def outcome(folder):
 
 @pytest.mark.parametrize("method, options, workers", [
     ("coop", ["n_ctx=2"], 0), ("upt", [], 2), ("fgvpl", ["cache_views=2"], 0), ("fgvpl", ["parts=tip-f"], 2)])
-def test_a_run_that_is_killed_eight_times_ends_as_one_that_is_not(flags, tmp_path, method, options, workers):
+def test_a_run_that_is_killed_again_and_again_ends_as_one_that_is_not(flags, tmp_path, method, options, workers):
     """SGD, with UPT's dropout; AdamW with a cache; a cache that is learned."""
     flags = [*flags, "--method", method, *(["--set", *options] if options else []), "--workers", workers]
     assert call(start, [*flags, "--out", tmp_path / "whole"]) == 0
@@ -94,7 +94,7 @@ def test_a_run_that_is_killed_eight_times_ends_as_one_that_is_not(flags, tmp_pat
               ("train", "require_finite", 1, False),  # at the end of an epoch, before its checkpoint
               ("train", "evaluate", 2, False),  # after the training
               (Path, "rename", 1, False)]  # the results are written, and have not taken their place
-    for death in deaths:
+    for death in deaths if method == "coop" else deaths[1::2]:  # the others at every second one
         assert call(start_and_die, flags, *death) == -signal.SIGKILL
     (left,) = run_folders(tmp_path / "runs")  # what the last of them had written, in a hidden folder
     assert left.parent.name.startswith(".")
@@ -250,10 +250,9 @@ def test_two_processes_learn_and_answer_as_one(flags, tmp_path):
 
     With k_n=1, DPT's processes have different numbers of hits, by which its L_ca is divided.
     """
-    flags = [*flags, "--shots", 4, "--batch-size", 5, "--epochs", 2, "--lr", 0.02]
-    sweep = [[*flags, "--method", "coop", "vpt", "proda", "prograd", "clip_adapter"],
-             [*flags, "--method", "dpt", "cavpt", "--set", "k_n=1"],
-             [*flags, "--method", "fgvpl", "--set", "cache_views=2", "--batch-size", 11]]
+    flags = [*flags, "--shots", 4, "--epochs", 2, "--lr", 0.02]
+    sweep = [[*flags, "--method", "coop", "vpt", "proda", "prograd", "clip_adapter", "fgvpl", "--batch-size", 11],
+             [*flags, "--method", "dpt", "cavpt", "--set", "k_n=1", "--batch-size", 5]]
     for words in sweep:
         program = shell("-m", "torch.distributed.run", "--nproc_per_node", 2, "--standalone", "train.py",
                         *words, "--out", tmp_path / "two", env=os.environ | {"OMP_NUM_THREADS": "1"})
