@@ -590,6 +590,8 @@ def read_weights(path):
             archive = zipfile.ZipFile(file)
             if any(name.endswith("/constants.pkl") for name in archive.namelist()):
                 return dict(named_tensors(TorchScript(archive).load()))
+            if any(record.CRC for record in archive.infolist()) and archive.testzip():  # torch.load does not look
+                raise ValueError("its checksums do not fit")
         file.seek(0)
         return torch.load(file, map_location="cpu", weights_only=True)
 

@@ -325,6 +325,14 @@ def test_what_is_in_openais_keys_is_read_without_support(form, file_of, tmp_path
     assert same(clip, CLIP.from_state_dict(random_state_dict(**SMALL, vocab=20))) and clip.activation == "gelu"
 
 
+def test_a_changed_byte_of_a_state_dict_is_noticed_without_support(file_of, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "support.weights", None)
+    content = bytearray(file_of["state_dict"])
+    content[len(content) // 2] ^= 1  # in the middle of the tensors
+    with pytest.raises(UserError, match="its checksums do not fit"):
+        load_clip(write(tmp_path / "weights.pt", bytes(content)))
+
+
 def test_weights_of_open_clip_are_not_read_without_support(file_of, tmp_path, monkeypatch):
     """Their activation and heads may differ from OpenAI's, and no key tells."""
     monkeypatch.setitem(sys.modules, "support.weights", None)
