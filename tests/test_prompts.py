@@ -230,7 +230,7 @@ def test_a_part_and_a_single_file_are_taken_too(coop, tmp_path):
 
 def test_keys_of_several_gpus_lose_their_module(coop):
     expected, file = ctx(coop), coop / "prompt_learner" / "model.pth.tar-50"
-    content = torch.load(file, weights_only=False)
+    content = torch.load(file, weights_only=False)  # this test made it, with an optimizer and a scheduler
     torch.save(content | dict(state_dict={f"module.{key}": t for key, t in content["state_dict"].items()}), file)
     assert torch.equal(ctx(coop), expected)
 
@@ -303,7 +303,7 @@ def one_number(part):
 ])
 def test_what_holds_no_prompts_is_one_sentence(change, sentence, coop):
     file = coop / "prompt_learner" / "model.pth.tar-50"
-    content = torch.load(file, weights_only=False)
+    content = torch.load(file, weights_only=False)  # this test made it, with an optimizer and a scheduler
     change(content)
     torch.save(content, file)
     with pytest.raises(UserError, match=sentence):
