@@ -21,12 +21,10 @@ import gzip
 import html
 import json
 import math
-import pickle
 import zipfile
-from collections import Counter, OrderedDict
+from collections import Counter
 from contextlib import nullcontext
 from pathlib import Path
-from types import SimpleNamespace
 
 import ftfy
 import regex
@@ -573,25 +571,20 @@ def load_openais(path, activation):
 
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64}
-TORCHSCRIPT_NAMES = {
-    "DoubleStorage": torch.float64, "FloatStorage": torch.float32, "HalfStorage": torch.float16,
-    "BFloat16Storage": torch.bfloat16, "LongStorage": torch.int64, "OrderedDict": OrderedDict,
-    "_rebuild_tensor_v2": lambda storage, offset, size, stride, *_: torch.as_strided(storage, size, stride, offset),
-}
 
 
 def read_weights(path):
-    """The state dict in an archive of OpenAI's, a safetensors file or one of torch.save. No code in it is run."""
+    """The state dict in a safetensors file, one of torch.save or, as OpenAI's, one of torch.jit.save."""
     with open(path, "rb") as file:
-        if file.read(9)[8:] == b"{":  # safetensors: eight bytes of length, then JSON
+        if file.read(9)[8:] == b"{":
             file.seek(0)
             return read_safetensors(file)
-        if zipfile.is_zipfile(file):  # TorchScript, or what torch.save writes today
+        if zipfile.is_zipfile(file):  # what PyTorch writes today
             archive = zipfile.ZipFile(file)
-            if any(name.endswith("/constants.pkl") for name in archive.namelist()):
-                return dict(named_tensors(TorchScript(archive).load()))
-            if any(record.CRC for record in archive.infolist()) and archive.testzip():  # torch.load does not look
+            if any(record.CRC for record in archive.infolist()) and archive.testzip():  # PyTorch does not look
                 raise ValueError("its checksums do not fit")
+            if any(name.endswith("/constants.pkl") for name in archive.namelist()):
+                return torch.jit.load(path, map_location="cpu").state_dict()
         file.seek(0)
         return torch.load(file, map_location="cpu", weights_only=True)
 
@@ -607,28 +600,3 @@ def read_safetensors(file):
         raise ValueError("it is longer or shorter than its header says")
     return {key: torch.frombuffer(raw[slice(*entry["data_offsets"])], dtype=DTYPES[entry["dtype"]]).view(entry["shape"])
             for key, entry in header.items()}
-
-
-class TorchScript(pickle.Unpickler):
-    """OpenAI's archives: a pickle names modules and tensors. Nothing else is built, and the code beside it not read."""
-
-    def __init__(self, archive):
-        self.archive = archive
-        self.root = next(name for name in archive.namelist() if name.endswith("/data.pkl")).removesuffix("data.pkl")
-        super().__init__(archive.open(self.root + "data.pkl"))
-
-    def find_class(self, module, name):  # nothing but these, whatever it asks for
-        return SimpleNamespace if module.startswith("__torch__") else TORCHSCRIPT_NAMES[name]
-
-    def persistent_load(self, record):
-        _, dtype, key, _, _ = record  # "storage", type, key, device, number of elements
-        return torch.frombuffer(bytearray(self.archive.read(f"{self.root}data/{key}")), dtype=dtype)
-
-
-def named_tensors(module, prefix=""):
-    """Walk through a module of a TorchScript archive and all modules in it."""
-    for name, value in vars(module).items():
-        if isinstance(value, torch.Tensor):
-            yield prefix + name, value
-        elif isinstance(value, SimpleNamespace):
-            yield from named_tensors(value, f"{prefix}{name}.")

@@ -1,7 +1,8 @@
-"""Files of torch.save: whole by their checksums, and read without running anything that is in them.
+"""Files of torch.save and torch.jit.save: whole by their checksums, and nothing that is in them is run.
 
-support/weights.py and support/foreign.py read other people's files with load_foreign(), support/runs.py the files of
-runs with load_tensors(). What is no tensor and no plain value of Python comes as a StandIn, which can do nothing.
+support/weights.py and support/foreign.py read other people's files with load_foreign() and load_torchscript(),
+support/runs.py the files of runs with load_tensors(). What is no tensor and no plain value of Python comes as a
+StandIn, which can do nothing.
 """
 
 import errno
@@ -9,6 +10,7 @@ import io
 import pickle
 import zipfile
 from collections import OrderedDict
+from types import SimpleNamespace
 
 import torch
 
@@ -34,11 +36,24 @@ def has_checksums(archive):
 
 
 def is_torchscript(path):
-    """Whether it is what torch.jit.save wrote, such as OpenAI's archives: clip_min.py reads those."""
+    """Whether it is what torch.jit.save wrote, such as OpenAI's archives."""
     if not zipfile.is_zipfile(path):
         return False
     with zipfile.ZipFile(path) as archive:
         return any(name.endswith("/constants.pkl") for name in archive.namelist())
+
+
+def load_torchscript(path):
+    """-> {name: tensor}, all in the modules of such an archive. The code beside them is not read."""
+    return dict(named_tensors(read_archive(path)))
+
+
+def named_tensors(module, prefix=""):
+    for name, value in vars(module).items():
+        if isinstance(value, torch.Tensor):
+            yield prefix + name, value
+        elif isinstance(value, SimpleNamespace):
+            yield from named_tensors(value, f"{prefix}{name}.")
 
 
 def load_foreign(path):
@@ -102,6 +117,8 @@ class Reader(pickle.Unpickler):
         self.storage = storage
 
     def find_class(self, module, name):
+        if module.startswith("__torch__"):  # a module in TorchScript
+            return SimpleNamespace
         return KNOWN.get((module, name)) or type(name, (StandIn,), {"__module__": module})
 
     def persistent_load(self, record):
@@ -116,7 +133,7 @@ class Reader(pickle.Unpickler):
 
 
 def read_archive(path):
-    """What torch.save writes: a zip archive with a pickle, and a record for each storage."""
+    """What both write: a zip archive with a pickle, and a record for each storage."""
     with zipfile.ZipFile(path) as archive:
         if not has_checksums(archive):
             for record in archive.infolist():

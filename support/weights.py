@@ -10,8 +10,8 @@ from contextlib import contextmanager
 
 import torch
 
-from clip_min import ACTIVATIONS, CLIP, UserError, read_safetensors, read_weights
-from support.archives import is_torchscript, load_foreign
+from clip_min import ACTIVATIONS, CLIP, UserError, read_safetensors
+from support.archives import is_torchscript, load_foreign, load_torchscript
 from support.downloads import MachineError
 from support.folders import shortened, warn
 from support.hub import find_weights
@@ -93,8 +93,11 @@ def read_state(path):
     if start[:2] == b"\x1f\x8b":
         with gzip.open(path) as file:
             return read_safetensors(file)
-    if start[8:] == b"{" or is_torchscript(path):  # safetensors, or OpenAI's archives
-        return read_weights(path)
+    if start[8:] == b"{":
+        with open(path, "rb") as file:
+            return read_safetensors(file)
+    if is_torchscript(path):
+        return load_torchscript(path)
     require_known_form(path)
     return load_foreign(path)
 

@@ -1597,17 +1597,19 @@ MACHINE = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("module, place", [
-    (clip_min, "read_safetensors"), (torch.Tensor, "float"), (weights, "read_safetensors"), (weights, "openai_keys")])
+@pytest.mark.parametrize("form, module, place", [
+    ("safetensors", weights, "read_safetensors"), ("gzipped_safetensors", weights, "read_safetensors"),
+    ("torchscript", weights, "load_torchscript"), ("safetensors", weights, "openai_keys"),
+    ("safetensors", torch.Tensor, "float")])
 @pytest.mark.parametrize("lack", MACHINE)
-def test_a_file_that_the_machine_cannot_read_is_not_called_broken(lack, module, place, file_of, tmp_path, monkeypatch):
+def test_a_file_that_the_machine_cannot_read_is_not_called_broken(
+        lack, form, module, place, file_of, tmp_path, monkeypatch):
     def fail(*_):
         raise MACHINE[lack]
 
-    form = "safetensors" if module in (clip_min, torch.Tensor) else "gzipped_safetensors"  # support reads the second
-    path = write(tmp_path / "whole.safetensors", file_of[form])
+    path = write(tmp_path / "whole", file_of[form])
     monkeypatch.setattr(module, place, fail)
-    with pytest.raises(UserError, match="whole.safetensors cannot be read on this machine") as error:
+    with pytest.raises(UserError, match="whole cannot be read on this machine") as error:
         load_clip(path)
     assert not re.search("not a whole|not the weights|download", str(error.value))
     assert path.exists()
@@ -1617,7 +1619,7 @@ def test_a_file_that_the_machine_cannot_read_is_not_called_broken(lack, module, 
 def test_a_download_that_the_machine_cannot_read_is_kept(lack, hub, file_of, monkeypatch):
     openai_repository(hub, file_of["safetensors"])
     with monkeypatch.context() as patch:
-        patch.setattr(clip_min, "read_safetensors", lambda _: (_ for _ in ()).throw(MACHINE[lack]))
+        patch.setattr(weights, "read_safetensors", lambda _: (_ for _ in ()).throw(MACHINE[lack]))
         with pytest.raises(UserError, match="open_clip_model.safetensors cannot be read on this machine"):
             load_clip("ViT-B/16")
     hub.requests.clear()
