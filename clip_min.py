@@ -23,7 +23,6 @@ import json
 import math
 import zipfile
 from collections import Counter
-from contextlib import nullcontext
 from pathlib import Path
 
 import ftfy
@@ -36,9 +35,8 @@ from torchvision import transforms
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 ASSETS = Path(__file__).parent / "assets"
-# Tip-Adapter's templates for ImageNet, which FG-VPL takes over.
-SEVEN = ("itap of a {}.", "a bad photo of the {}.", "a origami {}.", "a photo of the large {}.",
-         "a {} in a video game.", "art of the {}.", "a photo of the small {}.")
+SEVEN = ("itap of a {}.", "a bad photo of the {}.", "a origami {}.", "a photo of the large {}.",  # Tip-Adapter's
+         "a {} in a video game.", "art of the {}.", "a photo of the small {}.")  # templates for ImageNet, and FG-VPL's
 
 
 class UserError(ValueError):
@@ -47,7 +45,7 @@ class UserError(ValueError):
 
 def full_precision(device):
     """A context without autocast, for the few steps that need fp32. The meta device knows no autocast."""
-    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
+    return torch.autocast("cpu" if device.type == "meta" else device.type, enabled=False)
 
 
 def sum_over_processes(x):
@@ -60,16 +58,12 @@ def sum_over_processes(x):
 
 def preprocess(resolution):
     """CLIP's picture pipeline: an RGB PIL image -> (3, resolution, resolution) float tensor."""
-    resize = transforms.Resize(resolution, transforms.InterpolationMode.BICUBIC)
-    crop, normalize = transforms.CenterCrop(resolution), transforms.Normalize(MEAN, STD)
-    return transforms.Compose([resize, crop, transforms.ToTensor(), normalize])
+    square = transforms.Resize(resolution, transforms.InterpolationMode.BICUBIC), transforms.CenterCrop(resolution)
+    return transforms.Compose([*square, transforms.ToTensor(), transforms.Normalize(MEAN, STD)])
 
 
 # ---------------------------------------------------------------------------------------------------------- tokenizer
-
-WORD = regex.compile(
-    r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+", regex.IGNORECASE
-)
+WORD = regex.compile(r"(?i)<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+")
 START, END = 49406, 49407  # token ids
 SPECIAL = {"<|startoftext|>": (START,), "<|endoftext|>": (END,)}
 
@@ -133,11 +127,7 @@ def tokenize(texts, context_length=77):
 
 
 # ------------------------------------------------------------------------------------------------------------- towers
-
-ACTIVATIONS = {  # OpenAI's x sigmoid(1.702 x), in the form that keeps least for the backward pass; most others'
-    "quickgelu": lambda x: F.silu(1.702 * x) / 1.702, "gelu": F.gelu,
-}
-
+ACTIVATIONS = {"quickgelu": lambda x: F.silu(1.702 * x) / 1.702, "gelu": F.gelu}  # OpenAI's x sigmoid(1.702 x), others'
 MANY_TEXTS = 500  # with more texts attend_behind() saves memory, at the cost of a little time
 
 
@@ -159,10 +149,7 @@ class Attention(nn.Module):
 
 
 def attend(q, kv, mask=None, causal=False):
-    """Queries q (B, T, 1, H, d), keys and values kv (B, U, 2, H, d) -> (B, T, D), what each query finds.
-
-    It looks at all U tokens, or with causal at its own and those in front of it, or where mask is True or 0 (not -inf).
-    """
+    """Queries (B, T, 1, H, d), keys and values (B, U, 2, H, d) -> (B, T, D). mask: True or 0 where a query looks."""
     q = q.squeeze(2).transpose(1, 2)  # (B, H, T, d)
     k, v = kv.transpose(1, 3).unbind(2)  # (B, H, U, d)
     return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal).transpose(1, 2).flatten(2)
@@ -214,10 +201,6 @@ class LastBlock(Block):
         mask = None if mask is None else mask[:, None, None]  # (B, 1, 1, T+P): the same for every head
         return self.add_attention_and_mlp(x[:, :1], attend(self.attn.qkv(h[:, :1], 0, 1), kv, mask))
 
-    def all_tokens(self, x):
-        """(B, T, D) -> (B, T, D), for those who do read the others."""
-        return super().forward(x)
-
 
 class Layout(nn.Module):
     """How K prompts lie in one stream of tokens, x (C + K*S, D), and which of them each token looks at.
@@ -260,16 +243,14 @@ def attend_behind(q, common, own, mask):
     def join_and_attend(q, common, own):
         return attend(q, torch.cat([common.expand(len(own), -1, -1, -1, -1), own], dim=1), mask)
 
-    if len(own) > MANY_TEXTS:
-        # Autograd would keep the joined tensor, which repeats what is common for every text: a quarter of the memory.
-        # The backward pass makes it anew, with the same numbers.
-        return checkpoint(join_and_attend, q, common, own, use_reentrant=False, preserve_rng_state=False)
-    return join_and_attend(q, common, own)
+    if len(own) <= MANY_TEXTS:
+        return join_and_attend(q, common, own)
+    # Autograd would keep the joined tensor, which is a quarter of the memory. The backward pass makes it anew.
+    return checkpoint(join_and_attend, q, common, own, use_reentrant=False, preserve_rng_state=False)
 
 
 class TextBlock(Block):
-    """Block of the text tower: x (C + K*S, D) -> the same. LayerNorm, projections and MLP do not ask whose a token is,
-    so all tokens go through them at once. Only attention looks at the layout."""
+    """Block of the text tower: x (C + K*S, D) -> the same. All but attention goes token by token, with all at once."""
 
     def forward(self, x, layout):
         return self.add_attention_and_mlp(x, layout.attend(self.attn.qkv(self.ln_1(x))))
@@ -371,10 +352,7 @@ class CLIP(nn.Module):
         return tokenize(texts, len(self.text.positional_embedding)).to(self.logit_scale.device)
 
     def embed_prompts(self, classnames, n_ctx):
-        """Prompts "X .. X name." of K classes -> x (C + K*S, D) and its Layout, see TextTransformer.embed.
-
-        The rows 1 .. n_ctx of x, behind the start token, are places for learned vectors.
-        """
+        """K prompts "X .. X name." -> x (C + K*S, D), whose rows 1 .. n_ctx take learned vectors, and its Layout."""
         places = " ".join(["X"] * n_ctx)
         return self.text.embed(self.tokenize([f"{places} {name}." for name in classnames]))
 
@@ -424,14 +402,10 @@ class CLIP(nn.Module):
         except Exception as error:  # what is no state dict of a CLIP can fail anywhere
             detail = " ".join(str(error).split())[:300].rstrip(".")
             raise UserError(f"These are not the weights of a CLIP ViT: {detail}.") from error
-        for parameter in clip.parameters():
-            parameter.data = parameter.float()
-        return clip.eval()
+        return clip.float().eval()
 
 
 # ------------------------------------------------------------------------------------------------------------ methods
-
-
 class Method(nn.Module):
     """Zero-shot CLIP (Radford et al., 2021, Section 3.1), and what a prompt-learning method may change of it.
 
@@ -458,10 +432,7 @@ class Method(nn.Module):
         self.zero_shot = nn.Buffer(self.clip.classifier(self.classnames, self.templates), persistent=False)
 
     def embed_prompts(self):
-        """Compute what else depends on the class names, such as prompts with places for learned vectors.
-
-        A method that overrides this calls it in its __init__; for_classes calls it for other names.
-        """
+        """Make prompts of the class names: a method's own __init__ calls this, and for_classes for other names."""
 
     @property
     def prompt_texts(self):
@@ -495,18 +466,16 @@ class Method(nn.Module):
     def parameter_groups(self, recipe=None):
         """-> the optimizer's groups, with rates and warm-up. recipe["parts"] has tensors with rates of their own."""
         recipe = recipe or self.recipe
+        parts = recipe.get("parts", {})
         learned = {name: p for name, p in self.named_parameters() if p.requires_grad}
-        groups = []
-        for name, rates in recipe.get("parts", {}).items():
-            if name in learned:
-                groups.append(dict(params=[learned.pop(name)], **rates))
-        return [*groups, dict(params=[*learned.values()], lr=recipe["lr"], warmup_epochs=recipe["warmup_epochs"])]
+        groups = [dict(params=[learned[name]], **rates) for name, rates in parts.items() if name in learned]
+        rest = [p for name, p in learned.items() if name not in parts]
+        return [*groups, dict(params=rest, lr=recipe["lr"], warmup_epochs=recipe["warmup_epochs"])]
 
     def prepare(self, batches, val=()):
         """Look at the few-shot pictures before training, for a cache.
 
-        batches: (images, labels), in the same order at each walk through it, augmented anew. val: the same of the
-        validation pictures as they are; without a batch where the data set has none.
+        Both give (images, labels). A walk through `batches` augments anew, in the same order; `val` may be empty.
         """
 
     def finish(self, val=()):
@@ -526,8 +495,7 @@ class Method(nn.Module):
     def for_classes(self, classnames, columns=None):
         """-> a copy of the trained method on the same CLIP, for other class names.
 
-        columns: for each of them, which training class it is. A method with tensors per training class needs it, to
-        keep those of these classes; without it such a method refuses.
+        columns: which training class each of them is; a method with tensors per class keeps theirs, or refuses if None.
         """
         other = copy.deepcopy(self, {id(self.clip): self.clip})
         other.set_classes(classnames)
@@ -535,16 +503,11 @@ class Method(nn.Module):
         return other
 
     def attention(self, images):
-        """images (B, 3, R, R) -> {title: (B, N)}, maps over the patches of what the method alone looks at, if anything.
-
-        report.py shows the class token's attention for a method without maps of its own.
-        """
+        """images (B, 3, R, R) -> {title: (B, N)}, maps over the patches that only this method has, for report.py."""
         return {}
 
 
 # ------------------------------------------------------------------------------------------------------------ weights
-
-
 def load_clip(name_or_path, device="cpu", activation=None):
     """-> CLIP with fp32 parameters, frozen, eval(). UserError where there is none or it cannot be read.
 
@@ -570,21 +533,15 @@ def load_openais(path, activation):
                         "folder support for names and other forms, or download it again.") from error
 
 
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64}
-
-
 def read_weights(path):
     """The state dict in a safetensors file, one of torch.save or, as OpenAI's, one of torch.jit.save."""
     with open(path, "rb") as file:
         if file.read(9)[8:] == b"{":
             file.seek(0)
             return read_safetensors(file)
-        if zipfile.is_zipfile(file):  # what PyTorch writes today
-            archive = zipfile.ZipFile(file)
-            if any(record.CRC for record in archive.infolist()) and archive.testzip():  # PyTorch does not look
-                raise ValueError("its checksums do not fit")
-            if any(name.endswith("/constants.pkl") for name in archive.namelist()):
-                return torch.jit.load(path, map_location="cpu").state_dict()
+        names = zipfile.ZipFile(file).namelist() if zipfile.is_zipfile(file) else []
+        if any(name.endswith("/constants.pkl") for name in names):
+            return torch.jit.load(path, map_location="cpu").state_dict()
         file.seek(0)
         return torch.load(file, map_location="cpu", weights_only=True)
 
@@ -595,8 +552,9 @@ def read_safetensors(file):
     if length > 100_000_000:  # the format's limit
         raise ValueError("its header is too long")
     header, raw = json.loads(file.read(length)), memoryview(bytearray(file.read()))
+    dtypes = dict(F64=torch.float64, F32=torch.float32, F16=torch.float16, BF16=torch.bfloat16, I64=torch.int64)
     header.pop("__metadata__", None)
     if len(raw) != max(entry["data_offsets"][1] for entry in header.values()):
         raise ValueError("it is longer or shorter than its header says")
-    return {key: torch.frombuffer(raw[slice(*entry["data_offsets"])], dtype=DTYPES[entry["dtype"]]).view(entry["shape"])
+    return {key: torch.frombuffer(raw[slice(*entry["data_offsets"])], dtype=dtypes[entry["dtype"]]).view(entry["shape"])
             for key, entry in header.items()}

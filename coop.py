@@ -7,12 +7,11 @@ Zhou, Yang, Loy, Liu: Learning to Prompt for Vision-Language Models, IJCV 2022, 
     p(y = i | x) = softmax_i( cos(g(t_i), f(x)) / tau )                   trained with cross-entropy  Eq. 3
 
     v_1 .. v_M   ctx  (M, D), or (K, M, D) when every class has its own      learned
-    CLASS_i      the word embeddings of the class name, in Prompts           frozen
+    CLASS_i      the word embeddings of the class name, in `prompts`         frozen
     g  clip.text      f  clip.visual      1 / tau  clip.logit_scale.exp()    frozen
 
-What all prompts begin with is encoded once for all classes: see Layout in clip_min.py. What the paper leaves open is
-settled as in its code, github.com/KaiyangZhou/CoOp, trainers/coop.py: random contexts are drawn from a normal
-distribution with standard deviation 0.02, and weight decay applies to them.
+Left open, and chosen as in its code, github.com/KaiyangZhou/CoOp, trainers/coop.py: random contexts are drawn from a
+normal distribution with standard deviation 0.02, and weight decay applies to them.
 To use it elsewhere, copy this file, clip_min.py and assets/bpe_merges.txt.gz.
 K classes, M = n_ctx, D text width, E joint width; C common tokens and S further ones of each class, as in clip_min.py.
 """
@@ -24,18 +23,15 @@ from clip_min import Method, UserError, encode
 
 
 class CoOp(Method):
-    """CLIP with learned context vectors in its prompts. Learns n_ctx * D numbers: 8,192 on ViT-B by default.
+    """CLIP with a learned context in place of a template. Learns n_ctx * D numbers: 8,192 on ViT-B by default.
 
     The context is `n_ctx` random vectors, or the embeddings of the words in `ctx_init`. `class_token_position` puts the
-    class name at the "end" of the context, in its "middle", or in "front" of it. With `csc`, every class has a context
-    of its own (class-specific context). The templates are not used for the prompts: the context replaces them.
+    class name at the "end" of the context, in its "middle", or in "front" of it. With `csc`, every class has its own.
     """
 
-    # Section 4.1 of the paper and its configuration files; epochs by shots.
-    recipe = dict(
+    recipe = dict(  # Section 4.1 of the paper and its configuration files; epochs by shots
         optimizer="sgd", momentum=0.9, weight_decay=5e-4, lr=0.002, warmup_epochs=1, batch_size=32,
-        crop_scale=(0.08, 1.0), epochs={1: 50, 2: 100, 4: 100, 8: 200, 16: 200}, datasets={"imagenet": dict(epochs=50)},
-    )
+        crop_scale=(0.08, 1.0), epochs={1: 50, 2: 100, 4: 100, 8: 200, 16: 200}, datasets={"imagenet": dict(epochs=50)})
 
     def __init__(self, clip, classnames, templates=("a photo of a {}.",), *, n_ctx=16, ctx_init="",
                  class_token_position="end", csc=False):
@@ -46,7 +42,6 @@ class CoOp(Method):
         self.ctx_init, self.csc = ctx_init.replace("_", " "), csc
         words = encode(self.ctx_init)
         self.n_ctx = len(words) or n_ctx
-        # How many vectors of the context stand in front of the class name.
         self.n_front = {"end": self.n_ctx, "middle": self.n_ctx // 2, "front": 0}[class_token_position]
         number = (len(classnames),) if csc else ()  # of contexts
         ctx = self.zero_shot.new_empty(*number, self.n_ctx, clip.text.token_embedding.embedding_dim).normal_(std=0.02)
@@ -74,13 +69,9 @@ class CoOp(Method):
     def contexts(self):  # (M, D), or (K, M, D) with csc
         return self.ctx
 
-    def encode_text(self):
-        """-> (K, E), not normalised."""
-        return self.encode_context(self.ctx)
-
-    def encode_context(self, ctx):
-        """A context (M, D), or (K, M, D) with csc -> the classifier (K, E), not normalised."""
-        text, m = self.clip.text, self.n_ctx
+    def encode_text(self, ctx=None):
+        """-> the classifier of a context shaped as self.ctx, or of self.ctx itself: (K, E), not normalised."""
+        ctx, text, m = self.ctx if ctx is None else ctx, self.clip.text, self.n_ctx
         if self.is_common:  # [SOS, v_1 .. v_M, CLASS_i, ".", EOT]                                               Eq. 2
             ctx = ctx + text.positional_embedding[1 : 1 + m]
             return text(torch.cat([self.prompts[:1], ctx, self.prompts[1 + m :]]), self.layout)
@@ -89,8 +80,7 @@ class CoOp(Method):
     def for_classes(self, classnames, columns=None):
         """See Method. `columns` tells which of the class-specific contexts to keep."""
         if self.csc and columns is None:
-            raise UserError("Class-specific contexts (csc) belong to the classes that they were trained for: train "
-                            "with csc=false to use other class names.")
+            raise UserError("Class-specific contexts (csc) are those of the training classes alone: set csc=false.")
         other = super().for_classes(classnames)
         if self.csc:
             other.ctx = nn.Parameter(self.ctx[columns].detach())
@@ -102,24 +92,19 @@ class Prompts(nn.Module):
 
     def __init__(self, clip, classnames, n_ctx, n_front, csc=False):
         super().__init__()
-        self.n_front, self.csc = n_front, csc
+        self.n_common = 0 if csc else n_front  # vectors that are the same for all classes and stand in front of them
         tokens = clip.tokenize([f"{' '.join(['X'] * n_ctx)} {name}." for name in classnames])  # (K, 77)
-        context, rows = list(range(1, 1 + n_ctx)), []  # the places of the X in these tokens
-        for name in classnames:
-            own = list(range(1 + n_ctx, tokens.shape[1]))  # the name and what follows it
-            end = len(encode(name))
-            rows.append([0, *context[:n_front], *own[:end], *context[n_front:], *own[end:]])
-        order = tokens.new_tensor(rows)  # (K, 77), where each token of t_i is taken from                  Eq. 2 and 4
-        x, self.layout = clip.text.embed(tokens.gather(1, order), n_common=1 if csc else 1 + n_front)
-        source = self.layout.join(order)  # (C + K*S,)
-        places = ((source >= 1) & (source <= n_ctx)).nonzero().squeeze(1)  # the rows of x that a vector takes
+        order = torch.arange(tokens.shape[1], device=tokens.device).repeat(len(tokens), 1)
+        for row, name in zip(order, classnames, strict=True):  # a name moves in front of the last vectors        Eq. 4
+            moved = row[1 + n_front : 1 + n_ctx + len(encode(name))]
+            moved.copy_(moved.roll(n_front - n_ctx))
+        x, self.layout = clip.text.embed(tokens.gather(1, order), n_common=1 + self.n_common)
+        places = self.layout.join((order >= 1) & (order <= n_ctx)).nonzero().squeeze(1)  # rows of x, for the vectors
         positions = self.layout.join(clip.text.positional_embedding.expand(len(tokens), -1, -1))[places]
         self.x, self.places, self.positions = (nn.Buffer(t, persistent=False) for t in (x, places, positions))
 
     def forward(self, ctx):
         """ctx (M, D), or (K, M, D) with csc -> the prompts with their context (C + K*S, D)."""
-        if self.csc:
-            vectors = ctx.flatten(0, 1)
-        else:  # the vectors in front of the names are common to all classes, the others stand in each
-            vectors = torch.cat([ctx[: self.n_front], ctx[self.n_front :].repeat(self.layout.n_prompts, 1)])
+        common, own = ctx[..., : self.n_common, :], ctx[..., self.n_common :, :].expand(self.layout.n_prompts, -1, -1)
+        vectors = torch.cat([common.flatten(0, -2), own.flatten(0, 1)])
         return self.x.index_copy(0, self.places, vectors + self.positions)

@@ -45,7 +45,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from clip_min import SEVEN, LastBlock, Method, UserError, full_precision
+from clip_min import SEVEN, Block, LastBlock, Method, UserError, full_precision
 
 # Tip-Adapter's configurations: its alpha, and the ends of its search for alpha and beta.
 TIP = {name: dict(options=dict(lam=lam, max_lam=max_lam, max_sharpness=max_sharpness))
@@ -187,7 +187,7 @@ class FGVPL(Method):
         if not self.has_object:
             return self.clip.encode_image(images).unsqueeze(0)
         z, am = self.run_blocks(visual.embed(images))
-        z = visual.blocks[-1].all_tokens(z)  # (B, 1+N, D)
+        z = Block.forward(visual.blocks[-1], z)  # (B, 1+N, D): all tokens, not the class token alone
         seen = object_patches(am, self.region).unsqueeze(-1)  # (B, N, 1)
         patches = (z[:, 1:] * seen).sum(dim=1, keepdim=True) / seen.sum(dim=1, keepdim=True)  # (B, 1, D)
         return torch.stack([visual.project(z), visual.project(patches)])

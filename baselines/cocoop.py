@@ -49,5 +49,5 @@ class CoCoOp(CoOp):
         z = self.clip.encode_image(images)
         with full_precision(images.device):  # learned tensors are fp32
             shifts = self.meta_net(F.normalize(z.float(), dim=-1))  # (B, D)
-        return torch.cat([self.clip.logits(of_one, self.encode_context(self.ctx + shift))  # (1, K)           Eq. 3
+        return torch.cat([self.clip.logits(of_one, self.encode_text(self.ctx + shift))  # (1, K)              Eq. 3
                           for of_one, shift in zip(z.split(1), shifts, strict=True)])

@@ -34,7 +34,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import clip_min
-from clip_min import CLIP, MEAN, STD, LastBlock, UserError, preprocess, tokenize
+from clip_min import CLIP, MEAN, STD, Block, LastBlock, UserError, preprocess, tokenize
 from coop import CoOp
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -573,11 +573,12 @@ def test_prompts_give_the_outputs_and_gradients_of_concatenated_tokens(shape, la
         assert not torch.allclose(ours, block(x), rtol=0.01)  # they are read
 
 
-def test_all_tokens_of_the_last_block_on_request(clip):
+def test_all_tokens_of_the_last_block_are_those_of_a_block(clip):
+    """FG-VPL reads them."""
     block, x, prompts = block_and_inputs(clip, -1, (5, 128))
-    assert_equal(block.all_tokens(torch.cat([x, prompts.expand(3, -1, -1)], dim=1))[:, :5],
+    assert_equal(Block.forward(block, torch.cat([x, prompts.expand(3, -1, -1)], dim=1))[:, :5],
                  concatenated(block, x, prompts))
-    assert_equal(block.all_tokens(x), plain_block(block, x))
+    assert_equal(Block.forward(block, x), plain_block(block, x))
 
 
 @pytest.mark.parametrize("layer", [0, -1])

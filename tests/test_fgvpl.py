@@ -885,7 +885,7 @@ def test_maps_without_contrast_make_the_whole_picture_the_object(value, clip, mo
     assert_equal(f_o, f)
     clip_alone = FGVPL(clip, NAMES, parts="tip")
     z = clip_alone.run_blocks(clip_alone.embed(VIEWS[0]))[0]
-    patches = clip.visual.blocks[-1].all_tokens(z)[:, 1:].mean(dim=1, keepdim=True)
+    patches = Block.forward(clip.visual.blocks[-1], z)[:, 1:].mean(dim=1, keepdim=True)
     assert_equal(method.cache_features(VIEWS[0])[1], clip.visual.project(patches))
     train_step(method)
     assert method(IMAGES).isfinite().all() and all(p.isfinite().all() for p in learned(method).values())

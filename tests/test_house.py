@@ -22,14 +22,12 @@ BASELINES, SUPPORT = ([file for file in SOURCES if file.startswith(door)] for do
 # Every line counts, docstrings too. A file that grows beyond its budget holds something that belongs elsewhere.
 BUDGETS = {
     "README.md": 320,
-    # 560 and 110 were wished for. clip_min.py reads OpenAI's archives and safetensors by itself, so that its copy can
-    # (75 lines), and coop.py has names in the middle and contexts for each class, which its paper compares (40 lines).
-    "clip_min.py": 635, "coop.py": 125, "vpt.py": 80, "dpt.py": 290, "upt.py": 190, "fgvpl.py": 340,
+    "clip_min.py": 560, "coop.py": 110, "vpt.py": 80, "dpt.py": 290, "upt.py": 190, "fgvpl.py": 340,
     "data.py": 350, "train.py": 350, "report.py": 350,
     "support/settings.py": 170, "support/runs.py": 270, "support/machine.py": 130, "support/weights.py": 330,
     "support/benchmarks.py": 285, "support/folders.py": 200, "support/world.py": 110, "support/summary.py": 170,
     "support/charts.py": 260,
-    "support/__init__.py": 5, "support/apart.py": 70, "support/archives.py": 170, "support/attention.py": 55,
+    "support/__init__.py": 5, "support/apart.py": 70, "support/archives.py": 190, "support/attention.py": 55,
     "support/changes.py": 200, "support/checks.py": 135, "support/console.py": 85, "support/downloads.py": 95,
     "support/files.py": 85, "support/fonts.py": 195, "support/foreign.py": 120, "support/formats.py": 70,
     "support/hub.py": 195, "support/identity.py": 100, "support/kinds.py": 180, "support/lists.py": 180,
