@@ -80,7 +80,7 @@ class CoOp(Method):
     def for_classes(self, classnames, columns=None):
         """See Method. `columns` tells which of the class-specific contexts to keep."""
         if self.csc and columns is None:
-            raise UserError("Class-specific contexts (csc) are those of the training classes alone: set csc=false.")
+            raise UserError("Class-specific contexts belong to the classes of the training: train with csc=false.")
         other = super().for_classes(classnames)
         if self.csc:
             other.ctx = nn.Parameter(self.ctx[columns].detach())
