@@ -3,6 +3,7 @@
 import functools
 import importlib.util
 import math
+import multiprocessing
 import random
 import sys
 from contextlib import contextmanager
@@ -15,6 +16,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from clip_min import CLIP  # noqa: E402
 
+FORKSERVER = multiprocessing.get_context("forkserver")  # its children have torch loaded, and no threads yet
+FORKSERVER.set_forkserver_preload(["train"])
 TINY = dict(joint=64, resolution=32, vision_layers=2, vision_width=128, patch=16, text_width=64, text_layers=2)
 B32 = dict(joint=512, resolution=224, vision_layers=12, vision_width=768, patch=32, text_width=512, text_layers=12)
 B16 = B32 | dict(patch=16)
@@ -24,6 +27,14 @@ def pytest_configure(config):
     config.addinivalue_line("markers", "cuda: needs a CUDA GPU, and is skipped without one")
     # How many seconds a DataLoader that is given up waits for its workers, where it is 5 otherwise.
     torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL = 1.0
+
+
+def call(target, *args):
+    """Run a function in a process of its own. -> its exit status."""
+    process = FORKSERVER.Process(target=target, args=args)
+    process.start()
+    process.join(600)
+    return process.exitcode
 
 
 def random_numbers(rng, *shape, std=1.0):

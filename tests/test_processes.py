@@ -3,7 +3,6 @@
 import csv
 import itertools
 import json
-import multiprocessing
 import os
 import re
 import shutil
@@ -17,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import FORKSERVER, call
 from test_train import only_run, run_folders, world  # noqa: F401 (a fixture)
 
 import train
@@ -25,8 +25,6 @@ from support import machine, runs
 from support.machine import Machine
 
 PROJECT = Path(__file__).parents[1]
-FORKSERVER = multiprocessing.get_context("forkserver")  # its children have torch loaded, and no threads yet
-FORKSERVER.set_forkserver_preload(["train"])
 
 
 @pytest.fixture
@@ -35,17 +33,8 @@ def flags(world, tmp_path):  # noqa: F811
             "--batch-size", 4, "--device", "cpu", "--out", tmp_path / "runs"]
 
 
-def call(target, *args):
-    """Run a function in a process of its own. -> its exit status."""
-    process = FORKSERVER.Process(target=target, args=args)
-    process.start()
-    process.join(600)
-    return process.exitcode
-
-
-def start(flags, silent=True):
-    if silent:
-        sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115 (as long as the process)
+def start(flags, stderr=os.devnull):
+    sys.stdout, sys.stderr = open(os.devnull, "w"), open(stderr, "w")  # noqa: SIM115 (as long as the process)
     torch.set_num_threads(1)
     sys.exit(train.main([str(flag) for flag in flags]))
 
@@ -79,10 +68,11 @@ def outcome(folder):
 # ---- Killed ----
 
 
-@pytest.mark.parametrize("method, options, workers", [
-    ("coop", ["n_ctx=2"], 0), ("upt", [], 2), ("fgvpl", ["cache_views=2"], 0), ("fgvpl", ["parts=tip-f"], 2)])
-def test_a_run_that_is_killed_again_and_again_ends_as_one_that_is_not(flags, tmp_path, method, options, workers):
-    """SGD, with UPT's dropout; AdamW with a cache; a cache that is learned."""
+@pytest.mark.parametrize("method, options, workers, some", [
+    ("coop", ["n_ctx=2"], 0, range(8)), ("upt", [], 2, (2, 5)), ("fgvpl", ["cache_views=2"], 0, (1, 4)),
+    ("fgvpl", ["parts=tip-f"], 2, (1, 5))])
+def test_a_run_that_is_killed_again_and_again_ends_as_one_that_is_not(flags, tmp_path, method, options, workers, some):
+    """SGD, with UPT's dropout; AdamW with a cache; a cache that is learned. These three die some of the deaths."""
     flags = [*flags, "--method", method, *(["--set", *options] if options else []), "--workers", workers]
     assert call(start, [*flags, "--out", tmp_path / "whole"]) == 0
     kind = train.METHODS[method]
@@ -94,11 +84,12 @@ def test_a_run_that_is_killed_again_and_again_ends_as_one_that_is_not(flags, tmp
               ("train", "require_finite", 1, False),  # at the end of an epoch, before its checkpoint
               ("train", "evaluate", 2, False),  # after the training
               (Path, "rename", 1, False)]  # the results are written, and have not taken their place
-    for death in deaths if method == "coop" else deaths[1::2]:  # the others at every second one
-        assert call(start_and_die, flags, *death) == -signal.SIGKILL
-    (left,) = run_folders(tmp_path / "runs")  # what the last of them had written, in a hidden folder
-    assert left.parent.name.startswith(".")
-    shutil.rmtree(left.parent)
+    for number in some:
+        assert call(start_and_die, flags, *deaths[number]) == -signal.SIGKILL
+    if method == "coop":  # the last of them had written its results, in a hidden folder
+        (left,) = run_folders(tmp_path / "runs")
+        assert left.parent.name.startswith(".")
+        shutil.rmtree(left.parent)
     assert call(start, flags) == 0
     assert outcome(only_run(tmp_path / "runs")) == outcome(only_run(tmp_path / "whole"))
     assert not list((tmp_path / "runs").rglob("*.checkpoint*")) and not list((tmp_path / "runs").rglob("*.lock"))
@@ -177,24 +168,20 @@ def test_an_epoch_that_takes_longer_has_checkpoints_of_its_own(flags, monkeypatc
 # ---- Stopped, and wanted twice ----
 
 
-def shell(*words, **options):
-    """The real program with its output captured."""
-    return subprocess.Popen([sys.executable, *map(str, words)], cwd=PROJECT, stdout=subprocess.PIPE,
-                            stderr=subprocess.PIPE, text=True, **options)
-
-
 def test_sigterm_is_as_ctrl_c_and_a_second_process_leaves_the_run_to_the_first(flags, tmp_path, capsys):
-    program = shell("-u", "train.py", *flags, "--epochs", 100_000)
+    program = FORKSERVER.Process(target=start, args=([*flags, "--epochs", 100_000], tmp_path / "stderr"))
+    program.start()
     while not list((tmp_path / "runs").rglob("*.checkpoint")):
-        assert program.poll() is None, program.stderr.read()
+        assert program.is_alive(), (tmp_path / "stderr").read_text()
         time.sleep(0.05)
     argv = [*map(str, flags), "--epochs", "100000"]
     assert train.main(argv) == 0  # while the first is at it
     (line,) = capsys.readouterr().out.splitlines()
     assert line.startswith("in work ") and "coop" in line
-    program.send_signal(signal.SIGTERM)
-    _, error = program.communicate(timeout=300)
-    assert program.returncode == 130 and "the same command goes on" in error and len(error.strip().splitlines()) == 1
+    program.terminate()
+    program.join(300)
+    error = (tmp_path / "stderr").read_text()
+    assert program.exitcode == 130 and "the same command goes on" in error and len(error.strip().splitlines()) == 1
     (folder,) = [path.parent for path in (tmp_path / "runs").rglob("*.checkpoint")]
     assert not list(folder.glob("*.lock"))
 
@@ -251,15 +238,15 @@ def test_two_processes_learn_and_answer_as_one(flags, tmp_path):
     With k_n=1, DPT's processes have different numbers of hits, by which its L_ca is divided.
     """
     flags = [*flags, "--shots", 4, "--epochs", 2, "--lr", 0.02]
-    sweep = [[*flags, "--method", "coop", "vpt", "proda", "prograd", "clip_adapter", "fgvpl", "--batch-size", 11],
-             [*flags, "--method", "dpt", "cavpt", "--set", "k_n=1", "--batch-size", 5]]
-    for words in sweep:
-        program = shell("-m", "torch.distributed.run", "--nproc_per_node", 2, "--standalone", "train.py",
-                        *words, "--out", tmp_path / "two", env=os.environ | {"OMP_NUM_THREADS": "1"})
-        out, error = program.communicate(timeout=600)
-        assert program.returncode == 0 and "terminate called" not in error, error
-        methods = [word for word in words if word in train.METHODS]
-        assert out.count("accuracy ") == len(methods)  # process 0 alone speaks
+    most = [*flags, "--method", "coop", "vpt", "proda", "prograd", "clip_adapter", "fgvpl", "--batch-size", 11]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", 2, "--standalone", "train.py"]
+    done = subprocess.run([str(word) for word in [*torchrun, *most, "--out", tmp_path / "two"]], cwd=PROJECT, text=True,
+                          env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, timeout=600)
+    assert done.returncode == 0 and "terminate called" not in done.stderr, done.stderr
+    assert done.stdout.count("accuracy ") == 6  # process 0 alone speaks
+    others = [*flags, "--method", "dpt", "cavpt", "--set", "k_n=1", "--batch-size", 5]
+    assert [process.exitcode for process in run_two([*others, "--out", tmp_path / "two"])] == [0, 0]
+    for words in most, others:
         assert call(start, [*words, "--out", tmp_path / "runs"]) == 0
     ones, twos = run_folders(tmp_path / "runs"), run_folders(tmp_path / "two")
     assert len(ones) == len(twos) == 8
@@ -296,17 +283,16 @@ def test_the_group_of_processes_is_destroyed_however_the_program_ends(monkeypatc
 
 
 def start_one_of_two(flags, rank, port, *death):
-    """A process of two, as torchrun starts it."""
+    """A process of two, as torchrun starts it. The second may be one that dies."""
     os.environ |= dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1",
                        MASTER_PORT=str(port), TORCHELASTIC_RUN_ID="test")
-    if rank == 1:
+    if death and rank == 1:
         start_and_die(flags, *death)
     start(flags)
 
 
-@pytest.mark.parametrize("death", [(train.METHODS["coop"], "loss", 2, False), ("train", "evaluate", 2, True)], ids=str)
-def test_a_process_whose_partner_has_died_ends_too(flags, death):
-    """In the midst of the training; behind its last exchange with the other."""
+def run_two(flags, *death):
+    """-> two processes that have worked on the same runs."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -315,8 +301,15 @@ def test_a_process_whose_partner_has_died_ends_too(flags, death):
         process.start()
     for process in both:
         process.join(120)
-    assert both[1].exitcode == -signal.SIGKILL
-    assert both[0].exitcode == (1 if death[1] == "loss" else 0)  # neither hangs nor is aborted
+    return both
+
+
+@pytest.mark.parametrize("death", [(train.METHODS["coop"], "loss", 2, False), ("train", "evaluate", 2, True)], ids=str)
+def test_a_process_whose_partner_has_died_ends_too(flags, death):
+    """In the midst of the training; behind its last exchange with the other."""
+    first, second = run_two(flags, *death)
+    assert second.exitcode == -signal.SIGKILL
+    assert first.exitcode == (1 if death[1] == "loss" else 0)  # neither hangs nor is aborted
 
 
 @pytest.mark.parametrize("n_batches", [1, 2, 5, 6])

@@ -43,12 +43,20 @@ def finished(out):
     return sorted(path.parent for path in out.rglob("result.json"))
 
 
-def program(*words, closed="", **environment):
-    """The real program, whose shell has closed some of its streams, such as ">&-" -> CompletedProcess with bytes."""
-    command = ["sh", "-c", f'exec "$@" {closed}', "sh", sys.executable, *map(str, words)]
-    done = subprocess.run(command, cwd=PROJECT, env=os.environ | environment, capture_output=True)
-    assert b"Traceback" not in done.stderr, done.stderr
-    return done
+@pytest.fixture(scope="module")
+def programs(world):
+    """-> {name: status, stdout, stderr} of real programs, one for each processor of a small machine.
+
+    "closed": its shell has closed all of its streams. "c": it runs in the locale C.
+    """
+    kinds = {"closed": ("<&- >&- 2>&-", {}), "c": ("", C_LOCALE)}
+    begun = {}
+    for name, (closed, environment) in kinds.items():
+        command = ["sh", "-c", f'exec "$@" {closed}', "sh", sys.executable, "train.py", *flags(world, name)]
+        begun[name] = subprocess.Popen(command, cwd=PROJECT, env=os.environ | environment, stdout=subprocess.PIPE,
+                                       stderr=subprocess.PIPE)
+    outputs = {name: process.communicate() for name, process in begun.items()}
+    return {name: (begun[name].returncode, *of_one) for name, of_one in outputs.items()}
 
 
 # ---- Encodings ----
@@ -90,9 +98,8 @@ def test_the_table_of_all_runs_is_printed_in_any_encoding(world, encoding, sign)
 # ---- No stream, and odd ones ----
 
 
-def test_without_a_stream_a_run_is_made_quietly(world):
-    done = program("train.py", *flags(world, "closed"), closed="<&- >&- 2>&-")
-    assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
+def test_without_a_stream_a_run_is_made_quietly(world, programs):
+    assert programs["closed"] == (0, b"", b"")
     (run,), (first, _) = finished(world / "closed"), finished(world / "runs")
     assert (run / "predictions.csv").read_bytes() == (first / "predictions.csv").read_bytes()
 
@@ -137,13 +144,13 @@ def test_a_stream_that_is_no_terminal_gets_the_lines_of_a_log(capsys):
 # ---- Locales ----
 
 
-def test_in_the_locale_c_without_utf_8_mode_a_run_is_the_same(world):
-    done = program("train.py", *flags(world, "c"), **C_LOCALE)
-    assert done.returncode == 0, done.stderr
+def test_in_the_locale_c_without_utf_8_mode_a_run_is_the_same(world, programs):
+    status, stdout, stderr = programs["c"]
+    assert status == 0 and b"Traceback" not in stderr, stderr
     (run,), (first, _) = finished(world / "c"), finished(world / "runs")
     for file in "predictions.csv", "prompts.pt":
         assert (run / file).read_bytes() == (first / file).read_bytes(), file
-    assert "猫".encode() in done.stdout
+    assert "猫".encode() in stdout
 
 
 @pytest.mark.parametrize("program", [train, report])

@@ -1370,19 +1370,19 @@ def test_output_that_cannot_be_written_is_found_before_training(error, tmp_path,
     assert str(tmp_path / "file") in error("--out", tmp_path / "file")
 
 
-def test_from_the_shell_an_error_is_one_line_and_status_2(tmp_path):
-    command = [sys.executable, SCRIPT, "--data", "nothing"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+def test_from_the_shell_an_error_is_one_line_and_status_2_and_a_reader_that_has_seen_enough_no_word(usual, tmp_path):
+    with program("--data", "nothing") as mistaken, program(*usual, "--method", "zeroshot", "--out", tmp_path) as cut:
+        cut.stdout.close()
+        out, error = mistaken.communicate()
+        assert out == b"" and error.startswith(b"error: ") and error.count(b"\n") == 1
+        assert cut.stderr.read() == b""
+    assert (mistaken.returncode, cut.returncode) == (2, 1)
 
 
-def test_a_reader_that_has_seen_enough_ends_the_run_without_a_word(usual, tmp_path):
-    command = [sys.executable, SCRIPT, *usual, "--method", "zeroshot", "--out", tmp_path / "runs"]
-    with subprocess.Popen([str(word) for word in command], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
-        process.stdout.close()
-        assert process.stderr.read() == b""
-    assert process.returncode == 1
+def program(*words):
+    """The real program, at the same time as others."""
+    command = [sys.executable, SCRIPT, *map(str, words)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
 # ---- The house, and the commands that are written down ----

@@ -1644,19 +1644,19 @@ print(sum(p.numel() for p in clip.parameters()) / 1e6, read() - start, peak() - 
 
 
 @pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="the peak and what is read come from Linux's /proc")
-def test_an_archive_of_vit_b_16_is_read_once_and_in_twice_its_memory(tmp_path, monkeypatch):
+def test_a_large_archive_is_read_once_and_in_twice_its_memory(tmp_path, monkeypatch):
+    """ViT-B/16 with a third of its layers."""
     monkeypatch.setattr(random.Random, "randbytes", lambda _, number: b"0" * number)  # quickly
-    state = {key: value.half() for key, value in random_state_dict(**B16).items()}
-    save_torchscript(state, tmp_path / "ViT-B-16.pt")
+    state = random_state_dict(**B16 | dict(vision_layers=4, text_layers=4))
+    save_torchscript({key: value.half() for key, value in state.items()}, tmp_path / "ViT-B-16.pt")
     size = (tmp_path / "ViT-B-16.pt").stat().st_size / 1e6
-    assert size > 299
+    assert size > 135
     environment = os.environ | dict(PYTHONPATH=str(Path(clip_min.__file__).parent))
     command = [sys.executable, "-c", MEASURE, str(tmp_path / "ViT-B-16.pt")]
     output = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
     (tmp_path / "ViT-B-16.pt").unlink()
     millions, read, megabytes = map(float, output.split())
-    print(f"ViT-B/16, {millions:.0f} M parameters in {size:.0f} MB: {read:.0f} MB read, peak {megabytes:.0f} MB")
-    assert millions > 149
+    print(f"{millions:.0f} M parameters in {size:.0f} MB: {read:.0f} MB read, peak {megabytes:.0f} MB")
     assert read < 1.05 * size
     assert megabytes < 2.2 * 4 * millions
 
