@@ -156,7 +156,7 @@ def test_prograd_removes_what_works_against_zero_shot_and_nothing_else(precision
     f = clip.encode_image(images)
     knows = (clip.logit_scale.exp() * cosines(f, clip.classifier(NAMES))).softmax(dim=-1)
     rng, conflicts = random.Random(0), []
-    for labels in (torch.tensor(rng.choices(range(5), k=4)) for _ in range(30)):
+    for labels in (torch.tensor(rng.choices(range(5), k=4)) for _ in range(20)):
         p = (clip.logit_scale.exp() * cosines(f, literal_prompts(clip, NAMES, method.ctx))).softmax(dim=-1)
         ce = -p[torch.arange(4), labels].log().mean()
         kl = (knows * (knows / p).log()).sum(dim=-1).mean()

@@ -22,7 +22,7 @@ METHODS = {name: method for name, method in train.METHODS.items() if name != "li
 ROOT = Path(__file__).parents[1]
 NAMES = ["cat", "shovel-nosed_ray", "polka dotted", "St. John's Co.", "ox"]
 OTHERS = ["a dog", "tree_frog", "sea", "old car", "house"]
-SMALL = {"coop": dict(n_ctx=4), "fgvpl": dict(cache_views=2)}  # options that save time
+SMALL = {"coop": dict(n_ctx=4), "fgvpl": dict(cache_views=2), "proda": dict(n_prompts=8)}  # options that save time
 CACHES = {"fgvpl"}  # methods that keep pictures of the training classes
 LIKELY = {"dpt", "cavpt"}  # methods whose prompts come from the likely classes, so that the set of classes matters
 NEVER_LEARNS = {"cavpt": {"cavpt.mlp.2.bias"}}  # it moves every class's score alike, to which a softmax is blind

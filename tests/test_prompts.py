@@ -542,8 +542,7 @@ def evaluate(world, tmp_path):
     return run
 
 
-@pytest.mark.parametrize("as_file", [False, True])
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("name, as_file", [*((name, False) for name in RUNS), ("dpt", True), ("tip-f", True)])
 def test_the_prompts_of_a_run_give_its_predictions(name, as_file, world, evaluate, capsys):
     first = folder_of(world, name)
     again = evaluate(RUNS[name][1], first / "prompts.pt" if as_file else first)

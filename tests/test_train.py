@@ -1433,9 +1433,7 @@ def test_what_a_killed_save_left_is_removed_by_the_next_one_after_an_hour(tmp_pa
     assert not old.exists() and new.exists()  # the new one may be another process's
 
 
-def test_the_default_run_beats_zero_shot(tmp_path):
-    command = [sys.executable, SCRIPT, "--root", tmp_path / "data", "--out", tmp_path / "runs"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
-    assert (done.returncode, done.stderr) == (0, "")
-    run = result(tmp_path / "runs" / "shapes" / "coop" / "tiny_16shot_seed1")
-    assert run["accuracy"] > run["zero_shot"] and "warning" not in done.stdout and "tiny" in done.stdout
+def test_the_default_run_beats_zero_shot(tmp_path, capsys):
+    assert main("--root", tmp_path / "data", "--out", tmp_path / "runs") == 0
+    run, (out, err) = result(tmp_path / "runs" / "shapes" / "coop" / "tiny_16shot_seed1"), capsys.readouterr()
+    assert run["accuracy"] > run["zero_shot"] and "warning" not in out and "tiny" in out and err == ""
