@@ -12,7 +12,7 @@ outputs and gradients: what all prompts begin with is computed once and not for 
 that nobody reads are keys and values only (Block), and the last block computes only the token that is read (LastBlock).
 
 B images, R resolution, N patches, P visual prompts, K texts of C common and S further tokens, D width of a tower, H
-heads of width d, E joint width.
+heads of width d, T tokens that look at U tokens, E joint width.
 """
 
 import copy
@@ -35,8 +35,8 @@ from torchvision import transforms
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 ASSETS = Path(__file__).parent / "assets"
-SEVEN = ("itap of a {}.", "a bad photo of the {}.", "a origami {}.", "a photo of the large {}.",  # Tip-Adapter's
-         "a {} in a video game.", "art of the {}.", "a photo of the small {}.")  # templates for ImageNet, and FG-VPL's
+SEVEN = ("itap of a {}.", "a bad photo of the {}.", "a origami {}.", "a photo of the large {}.",  # of Tip-Adapter and
+         "a {} in a video game.", "art of the {}.", "a photo of the small {}.")  # FG-VPL, for ImageNet
 
 
 class UserError(ValueError):
@@ -127,7 +127,7 @@ def tokenize(texts, context_length=77):
 
 
 # ------------------------------------------------------------------------------------------------------------- towers
-ACTIVATIONS = {"quickgelu": lambda x: F.silu(1.702 * x) / 1.702, "gelu": F.gelu}  # OpenAI's x sigmoid(1.702 x), others'
+ACTIVATIONS = {"gelu": F.gelu, "quickgelu": lambda x: F.silu(1.702 * x) / 1.702}  # OpenAI's: x sigmoid(1.702 x)
 MANY_TEXTS = 500  # with more texts attend_behind() saves memory, at the cost of a little time
 
 
@@ -141,22 +141,22 @@ class Attention(nn.Module):
         self.in_proj_bias = nn.Parameter(torch.empty(3 * width))
         self.out_proj = nn.Linear(width, width)
 
-    def qkv(self, x, first=0, last=3):
-        """x (.., D) -> (.., 3, H, d): queries, keys and values; or some of them, such as 1 to 3, keys and values."""
-        rows = slice(first * x.shape[-1], last * x.shape[-1])
+    def qkv(self, x, first=0, end=3):
+        """x (.., D) -> (.., 3, H, d): queries, keys, values; or, as of a slice, those from `first` up to `end`."""
+        rows = slice(first * x.shape[-1], end * x.shape[-1])
         projected = F.linear(x, self.in_proj_weight[rows], self.in_proj_bias[rows])
-        return projected.unflatten(-1, (last - first, self.heads, -1))
+        return projected.unflatten(-1, (end - first, self.heads, -1))
 
 
 def attend(q, kv, mask=None, causal=False):
-    """Queries (B, T, 1, H, d), keys and values (B, U, 2, H, d) -> (B, T, D). mask: True or 0 where a query looks."""
+    """Queries (B, T, 1, H, d), keys and values (B, U, 2, H, d) -> (B, T, D). mask: as PyTorch's, bool or added."""
     q = q.squeeze(2).transpose(1, 2)  # (B, H, T, d)
     k, v = kv.transpose(1, 3).unbind(2)  # (B, H, U, d)
     return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal).transpose(1, 2).flatten(2)
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block of the image tower: x (B, T, D) -> (B, T, D)."""
+    """Pre-norm transformer block: x (B, T, D) -> (B, T, D). The text tower's inherit its tensors, not its forward."""
 
     def __init__(self, width, heads=None, activation="quickgelu"):
         super().__init__()
@@ -166,9 +166,9 @@ class Block(nn.Module):
         self.mlp = nn.ModuleDict({"c_fc": nn.Linear(width, 4 * width), "c_proj": nn.Linear(4 * width, width)})
 
     def forward(self, x, prompts=None):
-        """prompts (P, D) or (B, P, D) are tokens beside those of x whose outputs nobody reads: keys and values only.
+        """prompts (P, D) or (B, P, D): tokens that x looks at, but whose outputs nobody reads: keys and values only.
 
-        Those of prompts (P, D), the same for all pictures, are computed once. It is block(cat([x, prompts]))[:, :T].
+        Of (P, D), the same for all pictures, they are computed once. It equals block(cat([x, prompts]))[:, :T].
         """
         q, kv = self.attn.qkv(self.ln_1(x)).split([1, 2], dim=2)
         return self.add_attention_and_mlp(x, attend(q, self.with_prompts(kv, prompts)))
@@ -195,7 +195,7 @@ class LastBlock(Block):
     """The image tower's last block: x (B, T, D) -> (B, 1, D), the class token alone, since nobody reads the others."""
 
     def forward(self, x, prompts=None, mask=None):
-        """prompts as in Block; mask (B, T+P) is True for the tokens that the class token looks at, None: at all."""
+        """prompts as in Block; mask (B, T+P): True for the tokens that the class token looks at; None: for all."""
         h = self.ln_1(x)
         kv = self.with_prompts(self.attn.qkv(h, 1, 3), prompts)
         mask = None if mask is None else mask[:, None, None]  # (B, 1, 1, T+P): the same for every head
@@ -205,18 +205,18 @@ class LastBlock(Block):
 class Layout(nn.Module):
     """How K prompts lie in one stream of tokens, x (C + K*S, D), and which of them each token looks at.
 
-    The C tokens that all prompts begin with come first, once, then the S further tokens of each prompt. A token looks
+    The C tokens that all prompts begin with come first, once, then S further ones of each prompt, padded. A token looks
     at itself and at what stands in front of it in its prompt. So the common tokens are the same for all prompts.
     """
 
     def __init__(self, eot, n_common, n_own, like):
-        """eot (K,): the place of the end-of-text token in each prompt. like: a tensor with x's device and dtype."""
+        """eot (K,): where each prompt's end mark stands. n_common: C, n_own: S. like: of x's device and dtype."""
         super().__init__()
         self.n_common, self.n_own, self.n_prompts = n_common, n_own, len(eot)
         causal = like.new_full((n_common + n_own, n_common + n_own), -math.inf).triu(1)  # added to attention's scores
         self.mask = nn.Buffer(causal[n_common:], persistent=False)  # (S, C+S)
         self.eot_mask = nn.Buffer(causal[eot, None, None], persistent=False)  # (K, 1, 1, C+S)
-        self.eot = nn.Buffer(eot + n_own * torch.arange(len(eot), device=eot.device), persistent=False)  # rows of x
+        self.eot_rows = nn.Buffer(eot + n_own * torch.arange(len(eot), device=eot.device), persistent=False)  # of x
 
     def join(self, x):
         """Prompts (K, >=C+S, ..) -> one stream (C + K*S, ..)."""
@@ -239,18 +239,18 @@ class Layout(nn.Module):
 
 
 def attend_behind(q, common, own, mask):
-    """Queries (K, T, 1, H, d), keys and values (C, 2, H, d) and (K, S, 2, H, d), mask (.., T, C+S) -> (K, T, D)."""
+    """Each prompt's q (K, T, 1, H, d) look at common (C, 2, H, d) and its own (K, S, 2, H, d), mask (.., T, C+S)."""
     def join_and_attend(q, common, own):
         return attend(q, torch.cat([common.expand(len(own), -1, -1, -1, -1), own], dim=1), mask)
 
     if len(own) <= MANY_TEXTS:
         return join_and_attend(q, common, own)
-    # Autograd would keep the joined tensor, which is a quarter of the memory. The backward pass makes it anew.
+    # The joined tensor, a quarter of a step's memory, is not kept for the backward pass, which makes it anew.
     return checkpoint(join_and_attend, q, common, own, use_reentrant=False, preserve_rng_state=False)
 
 
 class TextBlock(Block):
-    """Block of the text tower: x (C + K*S, D) -> the same. All but attention goes token by token, with all at once."""
+    """Block of the text tower: x (C + K*S, D) -> (C + K*S, D). Only attention, see Layout, tells the prompts apart."""
 
     def forward(self, x, layout):
         return self.add_attention_and_mlp(x, layout.attend(self.attn.qkv(self.ln_1(x))))
@@ -261,9 +261,9 @@ class LastTextBlock(Block):
 
     def forward(self, x, layout):
         h = self.ln_1(x)
-        q = self.attn.qkv(h[layout.eot], 0, 1).unsqueeze(1)  # (K, 1, 1, H, d)
+        q = self.attn.qkv(h[layout.eot_rows], 0, 1).unsqueeze(1)  # (K, 1, 1, H, d)
         of_eot = attend_behind(q, *layout.split(self.attn.qkv(h, 1, 3)), layout.eot_mask)  # (K, 1, D)
-        return self.add_attention_and_mlp(x[layout.eot], of_eot.squeeze(1))
+        return self.add_attention_and_mlp(x[layout.eot_rows], of_eot.squeeze(1))
 
 
 class VisionTransformer(nn.Module):
@@ -375,7 +375,7 @@ class CLIP(nn.Module):
     def from_state_dict(cls, state_dict, activation="quickgelu", vision_heads=None, text_heads=None):
         """A state dict in OpenAI's keys -> CLIP with fp32 parameters, frozen, eval(). Sizes are read from the tensors.
 
-        Heads are 64 wide where their number is not given, as in OpenAI's models. UserError if the tensors do not fit.
+        Heads whose number is not given are 64 wide. UserError if that is not known, or if the tensors do not fit.
         """
         state = {}  # under our keys: blocks lie directly in their tower, the text tower is a module of its own
         try:
@@ -432,7 +432,7 @@ class Method(nn.Module):
         self.zero_shot = nn.Buffer(self.clip.classifier(self.classnames, self.templates), persistent=False)
 
     def embed_prompts(self):
-        """Make prompts of the class names: a method's own __init__ calls this, and for_classes for other names."""
+        """Make prompts of the class names. A method's own __init__ calls this, and so does for_classes."""
 
     @property
     def prompt_texts(self):
@@ -464,7 +464,7 @@ class Method(nn.Module):
         return F.cross_entropy(self(images), labels)
 
     def parameter_groups(self, recipe=None):
-        """-> the optimizer's groups, with rates and warm-up. recipe["parts"] has tensors with rates of their own."""
+        """-> the optimizer's groups, with rates and warm-up. recipe["parts"]: {tensor's name: rates of its own}."""
         recipe = recipe or self.recipe
         parts = recipe.get("parts", {})
         learned = {name: p for name, p in self.named_parameters() if p.requires_grad}
@@ -473,9 +473,9 @@ class Method(nn.Module):
         return [*groups, dict(params=rest, lr=recipe["lr"], warmup_epochs=recipe["warmup_epochs"])]
 
     def prepare(self, batches, val=()):
-        """Look at the few-shot pictures before training, for a cache.
+        """Look at the few-shot pictures before training, for a cache. `val`, which may be empty, stays as it is.
 
-        Both give (images, labels). A walk through `batches` augments anew, in the same order; `val` may be empty.
+        Both give (images, labels). Each walk through `batches` augments the pictures anew, in the same order.
         """
 
     def finish(self, val=()):
@@ -497,7 +497,7 @@ class Method(nn.Module):
 
         columns: which training class each of them is; a method with tensors per class keeps theirs, or refuses if None.
         """
-        other = copy.deepcopy(self, {id(self.clip): self.clip})
+        other = copy.deepcopy(self, {id(self.clip): self.clip})  # as if CLIP were copied already: it is shared
         other.set_classes(classnames)
         other.embed_prompts()
         return other
@@ -511,7 +511,7 @@ class Method(nn.Module):
 def load_clip(name_or_path, device="cpu", activation=None):
     """-> CLIP with fp32 parameters, frozen, eval(). UserError where there is none or it cannot be read.
 
-    name_or_path: a weights file, a folder with one, or a name that support/weights.py knows, such as "ViT-B/16".
+    name_or_path: a weights file; beside the folder support/ also a folder with one, or a name such as "ViT-B/16".
     activation: "gelu" or "quickgelu"; None: what a configuration beside the weights says, or else QuickGELU.
     """
     try:
@@ -530,17 +530,17 @@ def load_openais(path, activation):
     except Exception as error:  # a broken file can fail anywhere in the readers
         fault = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         raise UserError(f"clip_min.py alone reads OpenAI's weights files, and not {path} ({fault}): copy the project's "
-                        "folder support for names and other forms, or download it again.") from error
+                        "folder support for names and other forms, or download the file again.") from error
 
 
 def read_weights(path):
     """The state dict in a safetensors file, one of torch.save or, as OpenAI's, one of torch.jit.save."""
     with open(path, "rb") as file:
-        if file.read(9)[8:] == b"{":
+        if file.read(9)[8:] == b"{":  # safetensors: what comes behind the header's length
             file.seek(0)
             return read_safetensors(file)
         names = zipfile.ZipFile(file).namelist() if zipfile.is_zipfile(file) else []
-        if any(name.endswith("/constants.pkl") for name in names):
+        if any(name.endswith("/constants.pkl") for name in names):  # of torch.jit.save
             return torch.jit.load(path, map_location="cpu").state_dict()
         file.seek(0)
         return torch.load(file, map_location="cpu", weights_only=True)

@@ -6,14 +6,14 @@ Zhou, Yang, Loy, Liu: Learning to Prompt for Vision-Language Models, IJCV 2022, 
     t_i = [SOS, v_1 .. v_{M/2}, CLASS_i, v_{M/2+1} .. v_M, ".", EOT]      with the name in the middle Eq. 4
     p(y = i | x) = softmax_i( cos(g(t_i), f(x)) / tau )                   trained with cross-entropy  Eq. 3
 
-    v_1 .. v_M   ctx  (M, D), or (K, M, D) when every class has its own      learned
+    v_1 .. v_M   ctx  (M, Dt), or (K, M, Dt) when every class has its own    learned
     CLASS_i      the word embeddings of the class name, in `prompts`         frozen
     g  clip.text      f  clip.visual      1 / tau  clip.logit_scale.exp()    frozen
 
 Left open, and chosen as in its code, github.com/KaiyangZhou/CoOp, trainers/coop.py: random contexts are drawn from a
 normal distribution with standard deviation 0.02, and weight decay applies to them.
 To use it elsewhere, copy this file, clip_min.py and assets/bpe_merges.txt.gz.
-K classes, M = n_ctx, D text width, E joint width; C common tokens and S further ones of each class, as in clip_min.py.
+K classes, M = n_ctx, Dt text width, E joint width; C common tokens, S further ones of each class, as in clip_min.py.
 """
 
 import torch
@@ -23,10 +23,10 @@ from clip_min import Method, UserError, encode
 
 
 class CoOp(Method):
-    """CLIP with a learned context in place of a template. Learns n_ctx * D numbers: 8,192 on ViT-B by default.
+    """CLIP with a learned context in place of a template. Learns n_ctx * Dt numbers: 8,192 on ViT-B by default.
 
-    The context is `n_ctx` random vectors, or the embeddings of the words in `ctx_init`. `class_token_position` puts the
-    class name at the "end" of the context, in its "middle", or in "front" of it. With `csc`, every class has its own.
+    The context is `n_ctx` random vectors, or the embeddings of `ctx_init`, whatever their number. The name stands where
+    `class_token_position` says, at its "end", in its "middle" or in "front" of it. With `csc`, every class has its own.
     """
 
     recipe = dict(  # Section 4.1 of the paper and its configuration files; epochs by shots
@@ -43,6 +43,7 @@ class CoOp(Method):
         words = encode(self.ctx_init)
         self.n_ctx = len(words) or n_ctx
         self.n_front = {"end": self.n_ctx, "middle": self.n_ctx // 2, "front": 0}[class_token_position]
+        self.is_common = self.n_front == self.n_ctx and not csc  # all prompts begin with the whole context
         number = (len(classnames),) if csc else ()  # of contexts
         ctx = self.zero_shot.new_empty(*number, self.n_ctx, clip.text.token_embedding.embedding_dim).normal_(std=0.02)
         if words:
@@ -51,8 +52,7 @@ class CoOp(Method):
         self.embed_prompts()
 
     def embed_prompts(self):
-        """Embed the prompts of all classes as one stream of tokens (C + K*S, D), with places for the context."""
-        self.is_common = self.n_front == self.n_ctx and not self.csc  # all classes begin with the whole context
+        """Embed the prompts of all classes as one stream of tokens (C + K*S, Dt), with places for the context."""
         if self.is_common:
             prompts, self.layout = self.clip.embed_prompts(self.classnames, self.n_ctx)
             self.prompts = nn.Buffer(prompts, persistent=False)
@@ -61,16 +61,16 @@ class CoOp(Method):
 
     @property
     def prompt_texts(self):
-        """See Method. A context in front of the name is shown by the words it began with."""
+        """See Method. The words of ctx_init are shown where the whole context stands in front of the name."""
         front, behind = (f"[{n} vectors]" if n else "" for n in (self.n_front, self.n_ctx - self.n_front))
         front = front if behind else self.ctx_init or front
         return [f"{front} {name} {behind}".strip() + "." for name in self.classnames]
 
-    def contexts(self):  # (M, D), or (K, M, D) with csc
+    def contexts(self):  # (M, Dt), or (K, M, Dt) with csc
         return self.ctx
 
     def encode_text(self, ctx=None):
-        """-> the classifier of a context shaped as self.ctx, or of self.ctx itself: (K, E), not normalised."""
+        """-> the classifier (K, E) of ctx, or of self.ctx if it is None (CoCoOp gives another), not normalised."""
         ctx, text, m = self.ctx if ctx is None else ctx, self.clip.text, self.n_ctx
         if self.is_common:  # [SOS, v_1 .. v_M, CLASS_i, ".", EOT]                                               Eq. 2
             ctx = ctx + text.positional_embedding[1 : 1 + m]
@@ -92,19 +92,19 @@ class Prompts(nn.Module):
 
     def __init__(self, clip, classnames, n_ctx, n_front, csc=False):
         super().__init__()
-        self.n_common = 0 if csc else n_front  # vectors that are the same for all classes and stand in front of them
+        self.n_shared = 0 if csc else n_front  # vectors among the tokens that all prompts begin with
         tokens = clip.tokenize([f"{' '.join(['X'] * n_ctx)} {name}." for name in classnames])  # (K, 77)
-        order = torch.arange(tokens.shape[1], device=tokens.device).repeat(len(tokens), 1)
-        for row, name in zip(order, classnames, strict=True):  # a name moves in front of the last vectors        Eq. 4
-            moved = row[1 + n_front : 1 + n_ctx + len(encode(name))]
-            moved.copy_(moved.roll(n_front - n_ctx))
-        x, self.layout = clip.text.embed(tokens.gather(1, order), n_common=1 + self.n_common)
-        places = self.layout.join((order >= 1) & (order <= n_ctx)).nonzero().squeeze(1)  # rows of x, for the vectors
+        order = torch.arange(tokens.shape[1], device=tokens.device).repeat(len(tokens), 1)  # the token in each place
+        for row, name in zip(order, classnames, strict=True):
+            sos, ctx, words, end = row.tensor_split([1, 1 + n_ctx, 1 + n_ctx + len(encode(name))])
+            row.copy_(torch.cat([sos, ctx[:n_front], words, ctx[n_front:], end]))  # "X X red circle X X."        Eq. 4
+        x, self.layout = clip.text.embed(tokens.gather(1, order), n_common=1 + self.n_shared)
+        places = self.layout.join((order >= 1) & (order <= n_ctx)).nonzero().squeeze(1)  # the rows of x that hold an X
         positions = self.layout.join(clip.text.positional_embedding.expand(len(tokens), -1, -1))[places]
         self.x, self.places, self.positions = (nn.Buffer(t, persistent=False) for t in (x, places, positions))
 
     def forward(self, ctx):
-        """ctx (M, D), or (K, M, D) with csc -> the prompts with their context (C + K*S, D)."""
-        common, own = ctx[..., : self.n_common, :], ctx[..., self.n_common :, :].expand(self.layout.n_prompts, -1, -1)
-        vectors = torch.cat([common.flatten(0, -2), own.flatten(0, 1)])
+        """ctx (M, Dt), or (K, M, Dt) with csc -> the prompts with their context (C + K*S, Dt)."""
+        shared, own = ctx[..., : self.n_shared, :], ctx[..., self.n_shared :, :].expand(self.layout.n_prompts, -1, -1)
+        vectors = torch.cat([shared.flatten(0, -2), own.flatten(0, 1)])  # in the order of their places in x
         return self.x.index_copy(0, self.places, vectors + self.positions)

@@ -55,7 +55,7 @@ class Benchmark:
     folder: Path  # every path begins with it
     own: bool = False  # these are a user's own pictures, see read()
     class_ids: list[int] | None = None  # by label, the numbers of ImageNet's classes, where these are some of them
-    division: str = field(default="", compare=False, repr=False)  # all pictures that shots are drawn from or tested
+    division: str = field(default="", compare=False, repr=False)  # the whole split as text, by which changes are seen
 
     @property
     def picks(self):

@@ -47,7 +47,7 @@ from torch import nn
 
 from clip_min import SEVEN, Block, LastBlock, Method, UserError, full_precision
 
-# Tip-Adapter's configurations: its alpha, and the ends of its search for alpha and beta.
+# Tip-Adapter's configurations: its alpha, here lam, and the ends of its search for that and its beta, here sharpness.
 TIP = {name: dict(options=dict(lam=lam, max_lam=max_lam, max_sharpness=max_sharpness))
        for name, lam, max_lam, max_sharpness in (
            ("imagenet", 1.17, 3.0, 7.0), ("caltech101", 3.0, 5.0, 12.0), ("dtd", 2.0, 13.0, 13.0),
@@ -211,7 +211,7 @@ class FGVPL(Method):
             other.set_cache(self.keys.detach()[:, kept], same[kept].long().argmax(dim=1))
         return other
 
-    # ---- Two-pathway recognition: `side` is 0 for the image, -1 for the object, which may share p and q ----
+    # ---- Two-pathway recognition. `side`, an index of p, q and keys: 0 for f, -1, the last, for f_O ----
 
     def encode_text(self, side=0):
         """-> w_new (K, E); without adapters the zero-shot classifier."""
@@ -255,7 +255,7 @@ class FGVPL(Method):
 
     @torch.no_grad()
     def finish(self, val=()):
-        """With `search`: take lam and sharpness by the pictures recognised, of equals the smallest. See Method."""
+        """With `search`: choose lam and sharpness, those with most of val recognised, of equals the smallest."""
         if not (self.search and self.has_cache and len(val)):
             return
         lams, right = search_values(self.max_lam, 20).to(self.lam.device), 0

@@ -94,7 +94,7 @@ def main(argv=None):
 
 
 def sweep(args):
-    """All runs of a command, one after the other, but for those that are finished or in the work of another process."""
+    """All runs of a command, one after the other. Finished ones are revisited, those of another process left alone."""
     with join_processes(choose_machine(args.device, args.precision, args.workers)) as machine:
         for combination in itertools.product(args.data, args.method, args.shots, args.seeds):
             settings = resolve_settings(args, METHODS, *combination)
@@ -109,9 +109,9 @@ def sweep(args):
 def run(settings, folder, args, machine):
     """One run: data and CLIP, the method, zero-shot CLIP, training, accuracy, other data, and a folder with it all."""
     started = time.time()
-    learned = None if args.prompts is None else read_learned(args.prompts, settings.method)
+    given = None if args.prompts is None else read_learned(args.prompts, settings.method)
     with process_0_first(machine):  # it fetches what is not there yet
-        bench, new_classes, trained_on = load_data(settings, args, learned)
+        bench, new_classes, trained_on = load_data(settings, args, given)
         targets = load_shifts(args.eval_on, args.root, bench, trained_on)
         clip = load_clip(settings.backbone_path or settings.backbone, machine.device, settings.activation or None)
         made = made_of(bench, trained_on, of_clip(clip), targets)
@@ -120,10 +120,10 @@ def run(settings, folder, args, machine):
 
     torch.manual_seed(settings.seed)  # initial prompts and dropout; pictures have random streams of their own
     method = METHODS[settings.method](clip, bench.classnames, settings.templates, **settings.options).to(machine.device)
-    if learned:
-        learned.put_into(method, bench, settings)
+    if given:
+        given.put_into(method, bench, settings)
     if new_classes:
-        method.for_classes(new_classes.classnames)  # a method that cannot says so before it is trained
+        method.for_classes(new_classes.classnames)  # where a method cannot do this, the error comes before training
     print_settings(settings, bench, machine, method)
 
     zero_shot = Method(clip, bench.classnames, settings.templates)
@@ -140,7 +140,7 @@ def run(settings, folder, args, machine):
     epoch_losses = learn(method, bench, settings, machine, checkpoint) if settings.recipe else []
     seconds_training = time.time() - began
 
-    is_zero_shot = not settings.recipe and not learned and method.templates == zero_shot.templates
+    is_zero_shot = not settings.recipe and not given and method.templates == zero_shot.templates
     after = before if is_zero_shot else evaluate(method, test, machine)
     if settings.recipe and after.accuracy < before.accuracy:
         print(f"warning: {advice(after, len(epoch_losses), len(bench.classnames))}")
@@ -158,7 +158,7 @@ def run(settings, folder, args, machine):
         base_to_new=base_to_new, variance=variance, trainable_parameters=count_learned(method),
         seconds_training=seconds_training, seconds_total=time.time() - started, epochs=len(epoch_losses),
         losses=epoch_losses, picks=bench.picks, made_of=made, torch=torch.__version__,
-        device=device_name(machine.device), prompts=str(learned.path) if learned else "")
+        device=device_name(machine.device), prompts=str(given.path) if given else "")
     if machine.rank == 0:
         save_run(folder, bench, method, description, after, result)
         checkpoint.remove()
@@ -223,7 +223,7 @@ def train(method, few_shot, recipe, machine, checkpoint=None):
                 loss = method.loss(images, labels, epoch)
             optimizer.zero_grad()
             scaler.scale(loss).backward()
-            loss = average(loss.detach(), method, len(labels), machine)
+            loss = average(loss.detach(), method, len(labels), machine)  # over processes, and the gradients with it
             scaler.step(optimizer)
             scaler.update()
             step_losses.append(loss)  # read where it is saved: reading each would make a GPU wait
@@ -242,8 +242,8 @@ def train(method, few_shot, recipe, machine, checkpoint=None):
 def learning_rate(base, epoch, epochs, warmup_epochs):
     """Dassl's schedule: 1e-5 for the first `warmup_epochs`, then a cosine whose period is not shortened by them.
 
-    So it starts at base and ends above zero. CoOp, VPT, DPT and UPT were trained with it, one rate per epoch; a broken
-    number of epochs and no warm-up give the plain cosine over all steps, FG-VPL's.
+    So the cosine starts at base and ends above zero. CoOp, VPT, DPT and UPT were trained with it, one rate per epoch. A
+    fraction of an epoch and no warm-up give the plain cosine over all steps, FG-VPL's.
     """
     if epoch < warmup_epochs:
         return 1e-5

@@ -158,7 +158,7 @@ class UPT(Method):
         deepest = self.depth_visual - 1
         for block, p in zip(visual.blocks[:deepest], prompts, strict=False):
             x = block(x, p)  # p (P, D)                                                                       Eq. 4
-        x = torch.cat([x, prompts[deepest].expand(len(x), -1, -1)], dim=1)  # tokens that travel on: no others follow
+        x = torch.cat([x, prompts[deepest].expand(len(x), -1, -1)], dim=1)  # the last ones travel on: no others follow
         for block in visual.blocks[deepest:]:
             x = block(x)
         return visual.project(x)

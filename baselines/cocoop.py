@@ -5,14 +5,14 @@ Zhou, Yang, Loy, Liu: Conditional Prompt Learning for Vision-Language Models, CV
     v_m(x) = v_m + h(z)                                                    shifts every context vector alike
     p(y = i | x) = softmax_i( cos(g(t_i(x)), z) / tau ), cross-entropy                                        Eq. 3
 
-    v_m  ctx       (M, D)                                      learned
-    h    meta_net  Linear(E, E/16), ReLU, Linear(E/16, D)      learned
+    v_m  ctx       (M, Dt)                                     learned
+    h    meta_net  Linear(E, E/16), ReLU, Linear(E/16, Dt)     learned
     z    the image feature (B, E), unit      t_i(x)  the prompt of class i with the context v_m(x)
     g    clip.text      1 / tau  clip.logit_scale.exp()
 
 Official code: github.com/KaiyangZhou/CoOp, trainers/cocoop.py; what the paper leaves open is settled as there.
 To use it elsewhere, copy this file, coop.py, clip_min.py and assets/bpe_merges.txt.gz.
-B images, K classes, M = n_ctx, D text width, E joint width.
+B images, K classes, M = n_ctx, Dt text width, E joint width.
 """
 
 import torch
@@ -48,6 +48,6 @@ class CoCoOp(CoOp):
         """images (B, 3, R, R) -> logits (B, K). `text` is not used: it cannot be the same for all pictures."""
         z = self.clip.encode_image(images)
         with full_precision(images.device):  # learned tensors are fp32
-            shifts = self.meta_net(F.normalize(z.float(), dim=-1))  # (B, D)
+            shifts = self.meta_net(F.normalize(z.float(), dim=-1))  # (B, Dt)
         return torch.cat([self.clip.logits(of_one, self.encode_text(self.ctx + shift))  # (1, K)              Eq. 3
                           for of_one, shift in zip(z.split(1), shifts, strict=True)])

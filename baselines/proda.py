@@ -8,14 +8,14 @@ Lu, Liu, Zhang, Liu, Tian: Prompt Distribution Learning, CVPR 2022, arXiv:2205.0
     L_so    = mean over n != m of |cos(g(P_n), g(P_m))|,  P_n = [SOS, v_1(n) .. v_M(n), ".", EOT], without a name
     L       = L_upper + lam L_so;   a picture's class is that of the largest z.mu_c over all prompts
 
-    v_1(n) .. v_M(n)   ctx   (n_prompts, M, D)   learned
+    v_1(n) .. v_M(n)   ctx   (n_prompts, M, Dt)   learned
     t_c(n)  prompt n of class c      z  the image feature (B, E), unit      g  clip.text
 
 A quarter of the prompts has the class name in front of the context, a quarter in its middle, the rest behind it. Each
 step draws `n_per_step` prompts for L_upper, which bounds the expected cross-entropy; L_so takes all. Left open and
 chosen: variances are divided by the number drawn, contexts begin as CoOp's, there is no warm-up.
 To use it elsewhere, copy this file, coop.py, clip_min.py and assets/bpe_merges.txt.gz.
-B images, K classes, M = n_ctx, D text width, E joint width.
+B images, K classes, M = n_ctx, Dt and E widths of text tower and joint space.
 """
 
 import torch
@@ -27,7 +27,7 @@ from coop import Prompts
 
 
 class ProDA(Method):
-    """A collection of CoOp's prompts. Learns n_prompts * n_ctx * D numbers: 262,144 on ViT-B by default."""
+    """A collection of CoOp's prompts. Learns n_prompts * n_ctx * Dt numbers: 262,144 on ViT-B by default."""
 
     # Its Section 4; the rest is CoOp's.
     recipe = dict(optimizer="sgd", momentum=0.9, weight_decay=5e-4, crop_scale=(0.08, 1.0), lr=0.001, warmup_epochs=0,
@@ -52,7 +52,7 @@ class ProDA(Method):
         self.prompts = nn.ModuleList(Prompts(self.clip, self.classnames, self.n_ctx, n_front) for n_front in places)
 
     def contexts(self):
-        """-> (n_prompts, M, D)."""
+        """-> (n_prompts, M, Dt)."""
         return self.ctx
 
     def encode_prompt(self, n):

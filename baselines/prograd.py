@@ -7,13 +7,13 @@ Zhu, Niu, Han, Wu, Zhang: Prompt-aligned Gradient for Prompt Tuning, ICCV 2023, 
     G = G_d - lam min(0, G_d . G_g) / |G_g|^2 G_g                                                             Eq. 4
 
     p     softmax of the logits (B, K) of CoOp's prompts      p_zs  the same of zero-shot CLIP's, from the templates
-    G     the gradient of all that learns, `ctx` (M, D)
+    G     the gradient of all that learns, `ctx` (M, Dt)
 
 L_kl is the KL divergence but for a constant. Its code puts the template's words in front of the name: see ctx_init.
 The equations' numbers come from secondary sources. Official code: github.com/BeierZhu/Prompt-align,
 trainers/prograd.py.
 To use it elsewhere, copy this file, coop.py, clip_min.py and assets/bpe_merges.txt.gz.
-B images, K classes, M = n_ctx, D text width.
+B images, K classes, M = n_ctx, Dt text width.
 """
 
 import torch
@@ -24,7 +24,7 @@ from coop import CoOp
 
 
 class ProGrad(CoOp):
-    """CoOp with projected gradients. Learns n_ctx * D numbers: 8,192 on ViT-B by default.
+    """CoOp with projected gradients. Learns n_ctx * Dt numbers: 8,192 on ViT-B by default.
 
     The `n_ctx` context vectors begin at random, or as zeros and then the words in `ctx_init`.
     """

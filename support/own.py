@@ -7,8 +7,7 @@
     folder/split.json                    {"train": [["cats/1.jpg", 0, "cat"], ...], "val": ..., "test": ...}
     folder/classnames.txt                optional, not for split.json; a line: <class> <readable name>
 
-data.load() calls read_folder(). Every fault of a folder or a list ends in one sentence that names the file and what to
-do.
+data.load() calls read_folder(). Every fault of a folder or a list ends in one sentence that names it and what to do.
 """
 
 from clip_min import UserError

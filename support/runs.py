@@ -74,8 +74,7 @@ class Checkpoint:
     """What a run that was stopped goes on from: a file beside its folder, used for the same settings and pictures.
 
     It holds the learned tensors, the state of optimizer, scaler and random streams, the mean losses of the finished
-    epochs and the losses of the steps behind them. What is not finite is never
-    written.
+    epochs and the losses of the steps behind them. What is not finite is never written.
     """
 
     def __init__(self, path, description, machine):

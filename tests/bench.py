@@ -406,7 +406,7 @@ def unavoidable(case, method, batch):
             prompts.append((1, method.nameless.layout))
     for repeats, layout in prompts:
         length = layout.mask.shape[0]  # of the longest prompt, behind the common tokens
-        own = int(((layout.eot - layout.n_common) % length + 1).sum())  # up to each prompt's end mark
+        own = int(((layout.eot_rows - layout.n_common) % length + 1).sum())  # up to each prompt's end mark
         forward, own = repeats * blocks(layout.n_common + own, 0, layout.n_prompts, text), repeats * own
         total += forward if case.evaluation else 2 * forward - 3 * own * text.positional_embedding.shape[1] ** 2
     return 2 * total

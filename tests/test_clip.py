@@ -419,7 +419,7 @@ def test_the_shared_prefix_is_computed_once_and_nothing_behind_the_last_end_mark
     common, own = layout.split(x)
     assert common.shape == (5, 64)  # start, a photo of a
     assert own.shape == (2, 7, 64)  # shovel-nosed ray . end
-    assert layout.eot.tolist() == [5 + 2, 5 + 7 + 6]  # in the stream
+    assert layout.eot_rows.tolist() == [5 + 2, 5 + 7 + 6]  # in the stream
     assert x.shape == (5 + 2 * 7, 64)
     embedded = clip.text.token_embedding(tokens[:, :12]) + clip.text.positional_embedding[:12]
     assert torch.equal(common, embedded[0, :5]) and torch.equal(own, embedded[:, 5:])
@@ -721,7 +721,7 @@ def test_shapes_of_the_image_tower(clip):
 def test_shapes_of_the_text_tower(clip):
     tokens = tokenize(["a photo of a cat.", "a photo of a dog.", "a photo of an ox."])
     x, layout = clip.text.embed(tokens)
-    assert x.shape == (4 + 3 * 4, 64) and (layout.n_common, layout.n_prompts, layout.eot.shape) == (4, 3, (3,))
+    assert x.shape == (4 + 3 * 4, 64) and (layout.n_common, layout.n_prompts, layout.eot_rows.shape) == (4, 3, (3,))
     assert [part.shape for part in layout.split(x)] == [(4, 64), (3, 4, 64)]
     assert clip.text.blocks[0](x, layout).shape == (4 + 3 * 4, 64)
     assert clip.text.blocks[-1](x, layout).shape == (3, 64)
