@@ -12,7 +12,7 @@ outputs and gradients: what all prompts begin with is computed once and not for 
 that nobody reads are keys and values only (Block), and the last block computes only the token that is read (LastBlock).
 
 B images, R resolution, N patches, P visual prompts, K texts of C common and S further tokens, D width of a tower, H
-heads of width d, T tokens that look at U tokens, E joint width.
+heads of width d, E joint width; T tokens look at others.
 """
 
 import copy
@@ -21,6 +21,7 @@ import gzip
 import html
 import json
 import math
+import warnings
 import zipfile
 from collections import Counter
 from pathlib import Path
@@ -149,9 +150,9 @@ class Attention(nn.Module):
 
 
 def attend(q, kv, mask=None, causal=False):
-    """Queries (B, T, 1, H, d), keys and values (B, U, 2, H, d) -> (B, T, D). mask: as PyTorch's, bool or added."""
+    """Queries (B, T, 1, H, d), keys and values (B, .., 2, H, d) -> (B, T, D). mask: as PyTorch's, bool or added."""
     q = q.squeeze(2).transpose(1, 2)  # (B, H, T, d)
-    k, v = kv.transpose(1, 3).unbind(2)  # (B, H, U, d)
+    k, v = kv.transpose(1, 3).unbind(2)  # (B, H, .., d)
     return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal).transpose(1, 2).flatten(2)
 
 
@@ -209,44 +210,44 @@ class Layout(nn.Module):
     at itself and at what stands in front of it in its prompt. So the common tokens are the same for all prompts.
     """
 
-    def __init__(self, eot, n_common, n_own, like):
-        """eot (K,): where each prompt's end mark stands. n_common: C, n_own: S. like: of x's device and dtype."""
+    def __init__(self, eot, n_common, n_further, like):
+        """eot (K,): where each prompt's end mark stands. n_common: C, n_further: S. like: of x's device and dtype."""
         super().__init__()
-        self.n_common, self.n_own, self.n_prompts = n_common, n_own, len(eot)
-        causal = like.new_full((n_common + n_own, n_common + n_own), -math.inf).triu(1)  # added to attention's scores
+        self.n_common, self.n_further, self.n_prompts = n_common, n_further, len(eot)
+        causal = like.new_full((n_common + n_further, n_common + n_further), -math.inf).triu(1)  # added to scores
         self.mask = nn.Buffer(causal[n_common:], persistent=False)  # (S, C+S)
         self.eot_mask = nn.Buffer(causal[eot, None, None], persistent=False)  # (K, 1, 1, C+S)
-        self.eot_rows = nn.Buffer(eot + n_own * torch.arange(len(eot), device=eot.device), persistent=False)  # of x
+        self.eot_rows = nn.Buffer(eot + n_further * torch.arange(len(eot), device=eot.device), persistent=False)  # of x
 
     def join(self, x):
         """Prompts (K, >=C+S, ..) -> one stream (C + K*S, ..)."""
-        end = self.n_common + self.n_own
+        end = self.n_common + self.n_further
         return torch.cat([x[0, : self.n_common], x[:, self.n_common : end].flatten(0, 1)])
 
     def split(self, x):
         """(C + K*S, ..) -> the common tokens (C, ..) and the further ones of each prompt (K, S, ..)."""
-        common, own = x.split([self.n_common, self.n_prompts * self.n_own])
-        return common, own.unflatten(0, (self.n_prompts, self.n_own))
+        common, further = x.split([self.n_common, self.n_prompts * self.n_further])
+        return common, further.unflatten(0, (self.n_prompts, self.n_further))
 
     def attend(self, qkv):
         """Queries, keys and values (C + K*S, 3, H, d) -> (C + K*S, D)."""
-        common, own = self.split(qkv)
+        common, further = self.split(qkv)
         q_common, kv_common = common.split([1, 2], dim=1)
-        q_own, kv_own = own.split([1, 2], dim=2)
+        q_further, kv_further = further.split([1, 2], dim=2)
         of_common = attend(q_common.unsqueeze(0), kv_common.unsqueeze(0), causal=True)
-        of_own = attend_behind(q_own, kv_common, kv_own, self.mask)
-        return torch.cat([of_common.flatten(0, 1), of_own.flatten(0, 1)])
+        of_further = attend_behind(q_further, kv_common, kv_further, self.mask)
+        return torch.cat([of_common.flatten(0, 1), of_further.flatten(0, 1)])
 
 
-def attend_behind(q, common, own, mask):
-    """Each prompt's q (K, T, 1, H, d) look at common (C, 2, H, d) and its own (K, S, 2, H, d), mask (.., T, C+S)."""
-    def join_and_attend(q, common, own):
-        return attend(q, torch.cat([common.expand(len(own), -1, -1, -1, -1), own], dim=1), mask)
+def attend_behind(q, common, further, mask):
+    """Each prompt's q (K, T, 1, H, d) look at common (C, 2, H, d), further (K, S, 2, H, d); mask (.., T, C+S)."""
+    def join_and_attend(q, common, further):
+        return attend(q, torch.cat([common.expand(len(further), -1, -1, -1, -1), further], dim=1), mask)
 
-    if len(own) <= MANY_TEXTS:
-        return join_and_attend(q, common, own)
+    if len(further) <= MANY_TEXTS:
+        return join_and_attend(q, common, further)
     # The joined tensor, a quarter of a step's memory, is not kept for the backward pass, which makes it anew.
-    return checkpoint(join_and_attend, q, common, own, use_reentrant=False, preserve_rng_state=False)
+    return checkpoint(join_and_attend, q, common, further, use_reentrant=False, preserve_rng_state=False)
 
 
 class TextBlock(Block):
@@ -384,19 +385,17 @@ class CLIP(nn.Module):
                 if key not in ("input_resolution", "context_length", "vocab_size"):  # in OpenAI's archives
                     state[tower + key.replace("transformer.resblocks.", "blocks.")] = tensor.detach()
             layers = Counter(key.split(".")[0] for key in state if key.endswith(".ln_1.weight"))
-            vision_width, _, patch, _ = state["visual.conv1.weight"].shape
-            grid = math.isqrt(len(state["visual.positional_embedding"]) - 1)
-            context_length, text_width = state["text.positional_embedding"].shape
-            vocab_size, joint = len(state["text.token_embedding.weight"]), state["text.text_projection"].shape[1]
-            for width, heads in (vision_width, vision_heads), (text_width, text_heads):
-                if width % (heads or 64) or (heads is None and width > 1024):  # OpenAI's widest
-                    raise ValueError(f"the number of attention heads for its width {width} is not {heads or 'known'}, "
+            width, _, patch, _ = state["visual.conv1.weight"].shape
+            resolution = patch * math.isqrt(len(state["visual.positional_embedding"]) - 1)
+            length, text_width = state["text.positional_embedding"].shape
+            words, joint = len(state["text.token_embedding.weight"]), state["text.text_projection"].shape[1]
+            for of_one, heads in (width, vision_heads), (text_width, text_heads):
+                if of_one % (heads or 64) or (heads is None and of_one > 1024):  # OpenAI's widest
+                    raise ValueError(f"the number of attention heads for its width {of_one} is not {heads or 'known'}, "
                                      "put its own open_clip_config.json or config.json beside the weights")
             with torch.device("meta"):  # no memory and no random initialisation: the tensors are assigned below
-                visual = VisionTransformer(grid * patch, patch, vision_width, layers["visual"], joint, vision_heads,
-                                           activation)
-                text = TextTransformer(context_length, vocab_size, text_width, layers["text"], joint, text_heads,
-                                       activation)
+                visual = VisionTransformer(resolution, patch, width, layers["visual"], joint, vision_heads, activation)
+                text = TextTransformer(length, words, text_width, layers["text"], joint, text_heads, activation)
                 clip = cls(visual, text, activation)
             clip.requires_grad_(False).load_state_dict(state, assign=True)
         except Exception as error:  # what is no state dict of a CLIP can fail anywhere
@@ -440,15 +439,15 @@ class Method(nn.Module):
         ctx = self.contexts()
         if ctx is None:
             return [self.templates[0].format(name) for name in self.classnames]
-        return [f"[{' x '.join(map(str, ctx.shape[:-1]))} vectors] {name}." for name in self.classnames]
+        shown = f"[{' x '.join(map(str, ctx.shape[:-1]))} vectors] " if ctx.numel() else ""
+        return [f"{shown}{name}." for name in self.classnames]
 
     def encode_text(self):
         """-> (K, E), the classifier. It does not depend on the image, so an evaluation computes it once."""
         return self.zero_shot
 
     def contexts(self):
-        """-> the learned vectors that enter the text tower's first layer, (M, D) or (number, M, D), or None."""
-        return None
+        """-> the learned vectors that enter the text tower's first layer, (M, Dt) or (number, M, Dt), or None."""
 
     def encode_image(self, images, text=None):
         """images (B, 3, R, R), text (K, E) from encode_text for methods whose image side reads it -> (B, E)."""
@@ -541,6 +540,7 @@ def read_weights(path):
             return read_safetensors(file)
         names = zipfile.ZipFile(file).namelist() if zipfile.is_zipfile(file) else []
         if any(name.endswith("/constants.pkl") for name in names):  # of torch.jit.save
+            warnings.filterwarnings("ignore", "`torch.jit.load`")  # is deprecated, but OpenAI's files need it
             return torch.jit.load(path, map_location="cpu").state_dict()
         file.seek(0)
         return torch.load(file, map_location="cpu", weights_only=True)

@@ -71,11 +71,11 @@ class CoOp(Method):
 
     def encode_text(self, ctx=None):
         """-> the classifier (K, E) of ctx, or of self.ctx if it is None (CoCoOp gives another), not normalised."""
-        ctx, text, m = self.ctx if ctx is None else ctx, self.clip.text, self.n_ctx
+        tower, ctx, m = self.clip.text, self.ctx if ctx is None else ctx, self.n_ctx
         if self.is_common:  # [SOS, v_1 .. v_M, CLASS_i, ".", EOT]                                               Eq. 2
-            ctx = ctx + text.positional_embedding[1 : 1 + m]
-            return text(torch.cat([self.prompts[:1], ctx, self.prompts[1 + m :]]), self.layout)
-        return text(self.prompts(ctx), self.prompts.layout)  # Eq. 4, or contexts of the classes' own
+            ctx = ctx + tower.positional_embedding[1 : 1 + m]
+            return tower(torch.cat([self.prompts[:1], ctx, self.prompts[1 + m :]]), self.layout)
+        return tower(self.prompts(ctx), self.prompts.layout)  # Eq. 4, or a context for each class
 
     def for_classes(self, classnames, columns=None):
         """See Method. `columns` tells which of the class-specific contexts to keep."""
@@ -92,19 +92,19 @@ class Prompts(nn.Module):
 
     def __init__(self, clip, classnames, n_ctx, n_front, csc=False):
         super().__init__()
-        self.n_shared = 0 if csc else n_front  # vectors among the tokens that all prompts begin with
+        self.n_vectors = 0 if csc else n_front  # among the common tokens, which all prompts begin with
         tokens = clip.tokenize([f"{' '.join(['X'] * n_ctx)} {name}." for name in classnames])  # (K, 77)
         order = torch.arange(tokens.shape[1], device=tokens.device).repeat(len(tokens), 1)  # the token in each place
         for row, name in zip(order, classnames, strict=True):
             sos, ctx, words, end = row.tensor_split([1, 1 + n_ctx, 1 + n_ctx + len(encode(name))])
             row.copy_(torch.cat([sos, ctx[:n_front], words, ctx[n_front:], end]))  # "X X red circle X X."        Eq. 4
-        x, self.layout = clip.text.embed(tokens.gather(1, order), n_common=1 + self.n_shared)
+        x, self.layout = clip.text.embed(tokens.gather(1, order), n_common=1 + self.n_vectors)
         places = self.layout.join((order >= 1) & (order <= n_ctx)).nonzero().squeeze(1)  # the rows of x that hold an X
         positions = self.layout.join(clip.text.positional_embedding.expand(len(tokens), -1, -1))[places]
         self.x, self.places, self.positions = (nn.Buffer(t, persistent=False) for t in (x, places, positions))
 
     def forward(self, ctx):
         """ctx (M, Dt), or (K, M, Dt) with csc -> the prompts with their context (C + K*S, Dt)."""
-        shared, own = ctx[..., : self.n_shared, :], ctx[..., self.n_shared :, :].expand(self.layout.n_prompts, -1, -1)
-        vectors = torch.cat([shared.flatten(0, -2), own.flatten(0, 1)])  # in the order of their places in x
+        common, further = ctx.tensor_split([self.n_vectors], dim=-2)  # below in the order of their places in x
+        vectors = torch.cat([common.flatten(0, -2), further.expand(self.layout.n_prompts, -1, -1).flatten(0, 1)])
         return self.x.index_copy(0, self.places, vectors + self.positions)

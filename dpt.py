@@ -82,9 +82,9 @@ class VLP(Method):
 
     def encode_text(self):
         """-> W (K, E), not normalised."""
-        m, text = self.n_ctx, self.clip.text
-        ctx = self.ctx + text.positional_embedding[1 : 1 + m]  # (M, Dt), behind the start token
-        return text(torch.cat([self.prompts[:1], ctx, self.prompts[1 + m :]]), self.layout)
+        m, tower = self.n_ctx, self.clip.text
+        ctx = self.ctx + tower.positional_embedding[1 : 1 + m]  # (M, Dt), behind the start token
+        return tower(torch.cat([self.prompts[:1], ctx, self.prompts[1 + m :]]), self.layout)
 
     def encode_image(self, images, text=None):
         """images (B, 3, R, R) -> z (B, E)."""

@@ -109,7 +109,7 @@ def sweep(args):
 def run(settings, folder, args, machine):
     """One run: data and CLIP, the method, zero-shot CLIP, training, accuracy, other data, and a folder with it all."""
     started = time.time()
-    given = None if args.prompts is None else read_learned(args.prompts, settings.method)
+    given = read_learned(args.prompts, settings.method)
     with process_0_first(machine):  # it fetches what is not there yet
         bench, new_classes, trained_on = load_data(settings, args, given)
         targets = load_shifts(args.eval_on, args.root, bench, trained_on)

@@ -141,13 +141,13 @@ class UPT(Method):
 
     def encode_text_with(self, prompts):
         """Text prompts (depth, M, Dt) -> (K, E)."""
-        text, x, m = self.clip.text, self.prompts, self.n_ctx  # x (C + K*S, Dt)
-        for layer, block in enumerate(text.blocks):
+        tower, x, m = self.clip.text, self.prompts, self.n_ctx  # x (C + K*S, Dt)
+        for layer, block in enumerate(tower.blocks):
             if layer < self.depth_text:  # the common tokens 1 .. M are rewritten, once for all classes           Eq. 2
-                ctx = prompts[layer] if layer else prompts[0] + text.positional_embedding[1 : 1 + m]
+                ctx = prompts[layer] if layer else prompts[0] + tower.positional_embedding[1 : 1 + m]
                 x = torch.cat([x[:1], ctx, x[1 + m :]])
             x = block(x, self.layout)
-        return text.project(x)
+        return tower.project(x)
 
     def encode_image_with(self, prompts, images):
         """Visual prompts (depth, P, D), images (B, 3, R, R) -> (B, E)."""

@@ -33,21 +33,21 @@ class LinearProbe(Method):
 
     def prepare(self, batches, val=()):
         """Fit W and b. batches, val: plain (images, labels) of the few-shot and of the validation pictures."""
-        f, labels = self.features(batches)
-        strength = choose_strength(f, labels, *self.features(val), len(self.bias)) if len(val) else 1.0
+        z, labels = self.features(batches)
+        strength = choose_strength(z, labels, *self.features(val), len(self.bias)) if len(val) else 1.0
         self.strength.fill_(strength)
-        self.weight, self.bias = (nn.Buffer(x.float()) for x in fit(f, labels, strength, len(self.bias)))
+        self.weight, self.bias = (nn.Buffer(x.float()) for x in fit(z, labels, strength, len(self.bias)))
 
     def features(self, batches):
-        """-> f (n, E) in fp64, labels (n,)."""
-        f, labels = zip(*((self.clip.encode_image(images), labels) for images, labels in batches), strict=True)
-        return torch.cat(f).double(), torch.cat(labels)
+        """-> z (n, E) in fp64, labels (n,)."""
+        z, labels = zip(*((self.clip.encode_image(images), labels) for images, labels in batches), strict=True)
+        return torch.cat(z).double(), torch.cat(labels)
 
     def forward(self, images, text=None):
         """images (B, 3, R, R) -> logits (B, K). `text` is not used."""
-        f = self.clip.encode_image(images).float()
+        z = self.clip.encode_image(images).float()
         with full_precision(images.device):
-            return f @ self.weight.T + self.bias
+            return z @ self.weight.T + self.bias
 
     def for_classes(self, classnames, columns=None):
         """See Method. Every row of W belongs to a training class: `columns` tells which of them to keep."""
@@ -58,17 +58,17 @@ class LinearProbe(Method):
         return other
 
 
-def fit(f, labels, strength, n_classes):
+def fit(z, labels, strength, n_classes):
     """f (n, E) in fp64, labels (n,), C -> W (K, E), b (K,)."""
-    mean = f.mean(dim=0)
-    f = f - mean  # moves b alone, at the end back again, and takes a hundredth of the steps
-    weight, bias = f.new_zeros(n_classes, f.shape[1], requires_grad=True), f.new_zeros(n_classes, requires_grad=True)
+    mean = z.mean(dim=0)
+    z = z - mean  # moves b alone, at the end back again, and takes a hundredth of the steps
+    weight, bias = z.new_zeros(n_classes, z.shape[1], requires_grad=True), z.new_zeros(n_classes, requires_grad=True)
     solver = torch.optim.LBFGS([weight, bias], max_iter=1000, tolerance_grad=1e-9, tolerance_change=1e-18,
                                line_search_fn="strong_wolfe")
 
     def objective():  # divided by C n, which does not move the minimum
         solver.zero_grad()
-        loss = F.cross_entropy(f @ weight.T + bias, labels) + weight.square().sum() / (2 * strength * len(f))
+        loss = F.cross_entropy(z @ weight.T + bias, labels) + weight.square().sum() / (2 * strength * len(z))
         loss.backward()
         return loss
 
@@ -76,11 +76,11 @@ def fit(f, labels, strength, n_classes):
     return weight.detach(), (bias - weight @ mean).detach()
 
 
-def choose_strength(f, labels, val_f, val_labels, n_classes):
+def choose_strength(z, labels, val_z, val_labels, n_classes):
     """-> C, by the accuracy on the validation pictures."""
     def accuracy(exponent):
-        weight, bias = fit(f, labels, 10.0**exponent, n_classes)
-        return ((val_f @ weight.T + bias).argmax(dim=1) == val_labels).double().mean().item()
+        weight, bias = fit(z, labels, 10.0**exponent, n_classes)
+        return ((val_z @ weight.T + bias).argmax(dim=1) == val_labels).double().mean().item()
 
     best = max((6, 4, 2, 0, -2, -4, -6), key=accuracy)
     low, high = best - 1, best + 1

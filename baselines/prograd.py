@@ -41,6 +41,13 @@ class ProGrad(CoOp):
             self.ctx.data.zero_()
             self.ctx.data[-len(words) :] = clip.text.token_embedding.weight[words]
 
+    @property
+    def prompt_texts(self):
+        """See Method. The vectors that begin as zeros stand in front of the words."""
+        zeros = self.n_ctx - len(encode(self.ctx_init))
+        shown = f"[{zeros} vectors] " if self.ctx_init and zeros else ""
+        return [f"{shown}{text}" for text in super().prompt_texts]
+
     def loss(self, images, labels, epoch=0):
         """labels (B,) -> scalar with the value of L_ce and the gradient G, so that any training loop takes its step."""
         z = self.clip.encode_image(images)

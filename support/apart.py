@@ -44,7 +44,7 @@ def tell_apart(results):
 
 def of_data(entry, result):
     """-> six characters for the classes and pictures behind an entry; None for a benchmark's of a run of before."""
-    made, _, shift = result["made_of"], *entry.column.partition(" → ")[1:]
+    made, shift = result["made_of"], entry.column.partition(" → ")[2]
     if "pictures" not in made:
         return EARLIER if result["data_path"] else None
     return digest([made.get("classes"), made["pictures"], made.get("shifts", {}).get(shift)])[:6]

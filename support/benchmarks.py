@@ -1,8 +1,8 @@
 """The eleven benchmarks and the four shifts of ImageNet: found under a root, fetched where absent, read, compared.
 
 data.load() calls identify() and read_benchmark(); train.py and report.py quote the papers' numbers, published(). The
-splits are those of CoOp's protocol, in CoOp's order: its lists split_zhou_*.json, where FGVC Aircraft has lists of its
-own, and ImageNet and its shifts are class folders. Those are sorted, where CoOp's picks follow the chance of a disk.
+splits are CoOp's, in its order: lists split_zhou_*.json, FGVC Aircraft's lists of its own, and for ImageNet and its
+shifts class folders, sorted where CoOp's picks follow the chance of a disk.
 """
 
 import csv
@@ -265,9 +265,7 @@ def published(run, data_name):
 
 def quoted(papers):
     """What published() returns -> the text that stands behind a run's own accuracy."""
-    if not papers:
-        return ""
-    return f"  ({'; '.join(f'{source}: {accuracy:.2f}' for accuracy, source in papers)})"
+    return f"  ({'; '.join(f'{source}: {accuracy:.2f}' for accuracy, source in papers)})" if papers else ""
 
 
 def is_set(run, name, text):

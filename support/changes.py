@@ -29,7 +29,7 @@ def look_again(settings, folder, args, machine):
 
     What it says is without the shifts whose pictures are others now. UserError if what the run was made of has changed.
     """
-    learned = None if args.prompts is None else read_learned(args.prompts, settings.method)
+    learned = read_learned(args.prompts, settings.method)
     with process_0_first(machine):
         result, bench, trained_on = load_result(folder), None, {}
         is_known = not settings.data_path and is_as_recorded(result, settings.data, args.root, args.base_to_new)

@@ -235,7 +235,7 @@ def draw_sheet(titles, rows):
 
 
 def write(pen, x, y, text, room=THUMBNAIL + GAP - 4):
-    """A text longer than `room` pixels loses its end."""
+    """One line of text, its middle at the height y. See fonts.fitting() for what does not fit."""
     for font, part in fitting(text, FONT_SIZE, room):
         pen.text((x, y), part, "black", font, anchor="lm")
         x += font.getlength(part)

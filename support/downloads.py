@@ -1,6 +1,6 @@
 """Downloads: a file is fetched whole or not at all, and known by its hash.
 
-support/hub.py and support/benchmarks.py call download(), data.py and support/checks.py file_digest(). Whatever goes
+support/hub.py and support/benchmarks.py call download(), this and support/identity.py file_digest(). Whatever goes
 wrong is one sentence that names the address and the place where the file can be put by hand.
 """
 

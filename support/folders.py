@@ -1,8 +1,9 @@
 """Folders of pictures: what any data set needs to be found, read and divided, and the warnings that go with it.
 
 support/own.py, support/lists.py and support/benchmarks.py build on it; data.load() calls find_files(), and report.py
-pictures_below(). Every fault of a folder ends in one sentence that names it and what to do. A split is
-{"train": [(path in the folder, label), ...], "val": ..., "test": ...}; each of the three is a subset.
+pictures_below(). Every fault of a folder ends in one sentence that names it and what to do.
+
+    split    {"train": [(path in the folder, label), ...], "val": ..., "test": ...}; each of the three is a subset
 """
 
 import functools

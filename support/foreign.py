@@ -1,7 +1,7 @@
 """What the official code of CoOp, CoCoOp, ProGrad, VPT, VLP and DPT leaves of a training, under our tensors' names.
 
-support/prompts.py calls read_official() for --prompts. The code writes a folder for each part of a trainer, with a file
-model.pth.tar-N after N epochs. What is not such output ends in one sentence that names what was found.
+support/prompts.py calls read_official() for --prompts. What is not such output, a folder for each part of a trainer
+with a file model.pth.tar-N after N epochs, ends in one sentence that names what was found.
 """
 
 import re

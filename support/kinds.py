@@ -1,7 +1,7 @@
 """What a file of weights holds: the CLIP in it, in whatever company, or else the name of what it is instead.
 
-support/weights.py calls require_known_form() before it reads a file, and find_clip() with what it has read. A CLIP is
-the set of keys around a logit_scale. Whatever else is a UserError, one sentence that says what it is and what to do.
+support/weights.py calls require_known_form() before it reads a file, and find_clip() with what it has read. Whatever is
+no CLIP, a set of keys around a logit_scale, is a UserError, one sentence that says what it is and what to do.
 """
 
 import re

@@ -1,8 +1,7 @@
 """Lists that say of which class a picture is: split.json in CoOp's schema, and a plain labels.csv or labels.tsv.
 
 support/own.py reads both in a user's folder, and support/benchmarks.py CoOp's own with read_split(). A list that cannot
-be understood ends in one sentence that names it and the line. Whether the pictures are there is seen later, by
-folders.find_files(), and only of those in use; pictures that a list does not name are not used.
+be understood ends in one sentence that names it and the line; pictures that it does not name are not used.
 """
 
 import csv

@@ -1,8 +1,8 @@
 """Class names: readable ones for classes that are called otherwise, and a warning about names that mean nothing.
 
 support/own.py calls read_classnames() and then readable_names() for a user's data, and support/benchmarks.py
-imagenet_names(). CLIP reads a class name as text, so that one without meaning spoils every text prompt. Only ImageNet's
-wnids are replaced, and only where classnames.txt says nothing about them.
+imagenet_names(). A name without meaning spoils every text prompt, but only ImageNet's wnids are replaced, and only
+where classnames.txt says nothing about them.
 """
 
 import functools

@@ -1,6 +1,6 @@
-"""What report.py gives out: tables on the screen, and files that are written whole or not at all.
+"""What the programs give out besides runs: tables on the screen, and files that are written whole or not at all.
 
-report.py calls all of it. What cannot be written ends in one sentence that names the file.
+report.py calls all of it, and support/changes.py save(). What cannot be written ends in one sentence that names it.
 """
 
 import csv

@@ -1,8 +1,7 @@
 """Picture files: opened with an error that names the file, and a user's own made as their owner sees them.
 
 data.read() calls opened(), as_its_owner_sees_it() and scale_grey(). A file that cannot be read is called broken only
-where the machine is not to blame. What Pillow warns of, such as a corrupt EXIF or many megapixels, is not shown: it
-names no picture, and the picture is read all the same.
+where the machine is not to blame, and Pillow's warnings, which name no picture, are not shown.
 """
 
 import logging

@@ -114,7 +114,12 @@ def alike(here, there):
 
 
 def read_learned(path, method):
-    """A run's folder or prompts.pt, or output of the official code of this method -> Learned. Else UserError."""
+    """A run's folder or prompts.pt, or output of the official code of this method -> Learned, or None for None.
+
+    Anything else is a UserError.
+    """
+    if path is None:
+        return None
     path = expanded(path).resolve()
     with readable(path):
         if not path.exists():

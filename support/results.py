@@ -15,7 +15,7 @@ import torch
 
 from clip_min import END, START, UserError, vocabulary
 from support.benchmarks import BENCHMARKS, Source, published
-from support.settings import Settings
+from support.settings import OTHER_FLAGS, Settings
 
 ZERO_SHOT, ALL = "0", "all"  # what may stand for the shots of a row, beside "1", "2", ...
 
@@ -44,7 +44,11 @@ class Entry(NamedTuple):
 
 def settings_of(saved):
     """What result.json or prompts.pt holds -> Settings."""
-    return Settings(**{field.name: saved[field.name] for field in fields(Settings)})
+    settings = Settings(**{field.name: saved[field.name] for field in fields(Settings)})
+    for name in "options", "recipe", "changed":
+        if not isinstance(getattr(settings, name), dict):
+            raise TypeError(f"{name} is no dictionary")
+    return settings
 
 
 def label_of(settings):
@@ -94,8 +98,7 @@ def entries_of(settings, result, zero_shot_options):
 def describe_zero_shot(settings, zero_shot_options):
     """-> the label of the zero-shot CLIP that a run begins with, and the papers' numbers for it."""
     # What was changed beside the method's options and recipe, such as the templates, changes zero-shot CLIP, too.
-    of_method = settings.options.keys() | settings.recipe.keys() | {"prompts"}
-    changed = {key: value for key, value in settings.changed.items() if key not in of_method}
+    changed = {key: value for key, value in settings.changed.items() if key in OTHER_FLAGS and key != "prompts"}
     start = replace(settings, method="zeroshot", options=zero_shot_options, changed=changed)
     is_benchmark = settings.data in BENCHMARKS and not settings.data_path
     usual = BENCHMARKS[settings.data].template if is_benchmark else Source.template

@@ -35,8 +35,9 @@ def reserve(folder, again, machine):
         state = finished(folder, again)
         if not state:
             lock = lock_file(folder.with_name(f"{folder.name}.lock"))
-            # Another process may have finished the run between the first look and the lock.
-            state = finished(folder, again) or "ours" if lock else "in work"
+            state = "in work"
+            if lock:  # another process may have finished the run between the first look and the lock
+                state = finished(folder, again) or "ours"
     state = agree(state, machine)
     if state == "in work":
         print(f"in work     {folder} (by another process)")
@@ -165,7 +166,7 @@ def require_finite(step_losses, method, epoch, optimizer):
         return
     step = bad_steps[0] if bad_steps else len(values)  # what the last step taught has no loss yet
     raise UserError(f"The loss or what it taught is not finite in epoch {epoch + 1}, step {step}, at learning rate "
-                    f"{rates(optimizer)}: nothing was saved, try a smaller --lr or --precision fp32.")
+                    f"{rates(optimizer)}: no result was saved, try a smaller --lr or --precision fp32.")
 
 
 def rates(optimizer):

@@ -12,9 +12,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-import data
 from clip_min import UserError
-from support.benchmarks import spell
+from support.benchmarks import identify, spell
 from support.files import expanded
 from support.hub import OPENAI_MODELS, dashes
 from support.prompts import read_learned
@@ -78,12 +77,12 @@ def template(text):
 
 def resolve_settings(args, methods, data_name, method, shots, seed):
     """-> Settings of one run of the command: names settled, the recipe resolved, the user's flags on top."""
-    name, data_path = data.identify(data_name)
+    name, data_path = identify(data_name)
     is_drawn = name in WORLD and not data_path
     backbone, backbone_path = identify_backbone(args.backbone or ("tiny" if is_drawn else "ViT-B/16"))
     defaults = methods[method].default_options()
     options = parse_options(method, defaults, args.set)
-    learned = None if args.prompts is None else read_learned(args.prompts, method)
+    learned = read_learned(args.prompts, method)
     if learned:
         options = learned.options(defaults) | options
     recipe, data_options = resolve_recipe(methods[method].recipe, options, "" if data_path else name, shots)

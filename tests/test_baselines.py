@@ -182,7 +182,9 @@ def test_prograd_begins_at_random_or_with_words_behind_zeros(clip):
     words = clip.text.token_embedding(tokenize("a photo of a")[0, 1:5])
     method = ProGrad(clip, NAMES, ctx_init="a photo of a")
     assert torch.equal(method.ctx, torch.cat([torch.zeros(12, 64), words]))
-    assert method.prompt_texts[0] == "a photo of a cat."
+    assert method.prompt_texts[0] == "[12 vectors] a photo of a cat."
+    assert ProGrad(clip, NAMES, n_ctx=4, ctx_init="a photo of a").prompt_texts[0] == "a photo of a cat."
+    assert ProGrad(clip, NAMES, n_ctx=3).prompt_texts[0] == "[3 vectors] cat."
     torch.manual_seed(1)
     ctx = ProGrad(random_clip(text_width=256), NAMES).ctx
     assert ctx.shape == (16, 256) and float(ctx.detach().std()) == pytest.approx(0.02, rel=0.05)

@@ -218,6 +218,11 @@ def literal_v1(method, images, labels, options):
 # ---- The methods of the papers ----
 
 
+@pytest.mark.parametrize("n_ctx, shown", [(0, "cat."), (2, "[2 vectors] cat.")])
+def test_prompts_show_their_context(n_ctx, shown, clip):
+    assert VLP(clip, ["cat"], n_ctx=n_ctx).prompt_texts == [shown]
+
+
 @pytest.mark.parametrize("guided", [False, True])
 @pytest.mark.parametrize("layers, shared, modules", LAYERS)
 def test_dpt_equals_its_equations_in_logits_losses_and_gradients(layers, shared, modules, guided, precision, clip):

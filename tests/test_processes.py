@@ -257,11 +257,13 @@ def test_two_processes_learn_and_answer_as_one(flags, tmp_path):
             a, b = torch.tensor(tensors[name]), torch.tensor(shared[name])
             apart, scale = float((b - a).abs().max()), float(a.abs().max())
             assert apart <= 5e-4 * scale, f"{one}, {name}: {apart} apart"  # rounding, of which AdamW makes 7e-5
-        assert shared_result["accuracy"] == result["accuracy"]
         assert shared_result["losses"] == pytest.approx(result["losses"], rel=1e-4)
-        with (two / "predictions.csv").open() as file, (one / "predictions.csv").open() as other:
-            answers = [[row["predicted class"] for row in csv.DictReader(lines)] for lines in (file, other)]
-        assert answers[0] == answers[1]
+        with (one / "predictions.csv").open() as file, (two / "predictions.csv").open() as other:
+            pairs = list(zip(csv.DictReader(file), csv.DictReader(other), strict=True))
+        assert all(abs(float(a["probability"]) - float(b["probability"])) < 1e-3 for a, b in pairs)
+        ties = [float(a["probability"]) for a, b in pairs if a["predicted class"] != b["predicted class"]]
+        assert all(p < 0.501 for p in ties), "rounding decides between two classes that are equally likely, no others"
+        assert abs(shared_result["accuracy"] - result["accuracy"]) <= 100 * len(ties) / len(pairs) + 1e-9
 
 
 @pytest.mark.parametrize("failure", [None, UserError, KeyboardInterrupt])
@@ -300,7 +302,7 @@ def run_two(flags, *death):
     for process in both:
         process.start()
     for process in both:
-        process.join(120)
+        process.join(600)
     return both
 
 

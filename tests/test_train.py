@@ -34,6 +34,7 @@ from coop import CoOp
 from support import benchmarks, checks, runs
 from support.console import advice
 from support.machine import Machine
+from support.results import describe_zero_shot
 from support.settings import WORLD_EPOCHS, Settings, resolve_recipe
 
 SETTINGS = {field.name for field in fields(Settings)}
@@ -760,6 +761,8 @@ def test_an_option_that_is_called_like_a_flag_is_compared_with_its_own_default(m
     assert flags.options == Named.default_options() and flags.recipe["lr"] == 0.5
     both = settings("named --lr=0.2 lr=0.3", "dtd")
     assert both.changed == {"set.lr": "0.3", "lr": "0.2"} and both.folder.parts[1] == "named,set.lr=0.3,lr=0.2"
+    labels = [describe_zero_shot(of_run, {})[0] for of_run in (options, both, settings("named --template={}", "dtd"))]
+    assert labels == ["zeroshot", "zeroshot", "zeroshot template={}"]  # only the flag changes zero-shot CLIP, too
 
 
 def test_two_things_of_one_name_have_different_folders(tmp_path):
