@@ -20,7 +20,7 @@ from support.loading import load_data, load_shifts
 from support.machine import process_0_first
 from support.output import save
 from support.prompts import read_learned
-from support.results import read_predictions
+from support.results import completed, read_predictions
 from support.runs import read_prompts
 
 
@@ -68,10 +68,7 @@ def is_as_recorded(result, name, root, base_to_new):
 def load_result(folder):
     """-> what result.json of a finished run holds. UserError if it cannot be read."""
     try:
-        result = json.loads((folder / "result.json").read_text("utf-8"))
-        result = dict(variance={}, made_of={}) | result  # a run of before has no made_of
-        made = {"shifts": {}} | result["made_of"]
-        return result | dict(shifts={**result["shifts"]}, made_of=made | dict(shifts={**made["shifts"]}))
+        return completed(json.loads((folder / "result.json").read_text("utf-8")))
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise UserError(f"{folder / 'result.json'} is no result of train.py ({type(error).__name__}: {error}): "
                         "repeat the run with --again.") from error

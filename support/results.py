@@ -56,6 +56,13 @@ def label_of(settings):
     return " ".join([settings.method, *(f"{key}={value}" for key, value in settings.changed.items())])
 
 
+def completed(result):
+    """What a result.json holds -> with what those of earlier versions lack, or an error where it is another thing."""
+    result = dict(variance={}, made_of={}) | result
+    made_of = dict(shifts={}) | result["made_of"]
+    return result | dict(shifts={**result["shifts"]}, made_of=made_of | dict(shifts={**made_of["shifts"]}))
+
+
 def read_result(path, zero_shot_options):
     """A result.json -> its entries and all that it holds, or None, after a warning, if it is none of train.py.
 
@@ -63,12 +70,9 @@ def read_result(path, zero_shot_options):
     zero_shot_options: the default options of the method zeroshot.
     """
     try:
-        result = json.loads(path.read_text("utf-8"))
+        result = completed(json.loads(path.read_text("utf-8")))
         entries = entries_of(settings_of(result), result, zero_shot_options)
-        variance = result.setdefault("variance", {}).get("before", {})
-        made_of = result.setdefault("made_of", {})  # a run of before has none
-        result["made_of"] = made_of | dict(shifts={**made_of.get("shifts", {})}) if made_of else {}
-        is_finite = math.isfinite(sum(result["losses"]) + sum(variance.values()))
+        is_finite = math.isfinite(sum(result["losses"]) + sum(result["variance"].get("before", {}).values()))
         if not is_finite or not all(0 <= entry.accuracy <= 100 for entry in entries):
             raise ValueError("an accuracy is not from 0 to 100, or a loss not finite")
         return entries, result

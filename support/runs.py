@@ -202,7 +202,7 @@ def save_run(folder, bench, method, description, evaluation, result):
                 if old.exists():
                     old.rename(folder)
                 raise
-    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
+    except (OSError, RuntimeError) as error:  # as above
         raise UserError(f"{folder} cannot be written ({error}): make room or choose another --out.") from error
 
 
