@@ -128,7 +128,7 @@ def tokenize(texts, context_length=77):
 
 
 # ------------------------------------------------------------------------------------------------------------- towers
-ACTIVATIONS = {"gelu": F.gelu, "quickgelu": lambda x: F.silu(1.702 * x) / 1.702}  # OpenAI's: x sigmoid(1.702 x)
+ACTIVATIONS = {"quickgelu": lambda x: F.silu(1.702 * x) / 1.702, "gelu": F.gelu}  # the first is x sigmoid(1.702 x)
 MANY_TEXTS = 500  # with more texts attend_behind() saves memory, at the cost of a little time
 
 
