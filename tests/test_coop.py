@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from clip_min import CLIP, UserError, encode, tokenize
-from coop import CoOp
+from coop import CoOp, Prompts
 from support import settings
 
 ROOT = Path(__file__).parents[1]
@@ -236,6 +236,12 @@ def test_text_given_is_used_and_not_encoded_again(clip, monkeypatch):
 def test_one_class_is_enough(clip):
     for options in OPTIONS:
         assert CoOp(clip, ["cat"], **options)(picture(32, 2)).shape == (2, 1)
+
+
+@pytest.mark.parametrize("n_front, csc, n_common", [(0, False, 1), (2, False, 3), (5, False, 6), (2, True, 1)])
+def test_what_all_prompts_begin_with_is_encoded_once(n_front, csc, n_common, clip):
+    """The start token and the vectors in front of the names, unless every class has its own."""
+    assert Prompts(clip, NAMES, 5, n_front, csc).layout.n_common == n_common
 
 
 def test_a_thousand_classes_take_ten_times_the_multiplications_of_a_hundred(clip):
