@@ -753,9 +753,10 @@ def test_widths_without_whole_heads_are_refused(sizes):
         CLIP.from_state_dict(random_state_dict(**SMALL | sizes, vocab=20))
 
 
-def test_whole_numbers_are_refused(small):
-    with pytest.raises(UserError, match="visual.proj has whole numbers, and may be quantised"):
-        weights.build_clip(small | {"visual.proj": small["visual.proj"].to(torch.int8)})
+@pytest.mark.parametrize("dtype", [torch.int8, torch.complex64])
+def test_numbers_without_fractions_or_with_an_imaginary_part_are_refused(dtype, small):
+    with pytest.raises(UserError, match=f"visual.proj is of {dtype}, as in a quantised model"):
+        weights.build_clip(small | {"visual.proj": small["visual.proj"].to(dtype)})
 
 
 @pytest.mark.parametrize("number", [math.nan, math.inf])
