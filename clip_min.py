@@ -354,8 +354,7 @@ class CLIP(nn.Module):
 
     def embed_prompts(self, classnames, n_ctx):
         """K prompts "X .. X name." -> x (C + K*S, D), whose rows 1 .. n_ctx take learned vectors, and its Layout."""
-        places = " ".join(["X"] * n_ctx)
-        return self.text.embed(self.tokenize([f"{places} {name}." for name in classnames]))
+        return self.text.embed(self.tokenize([f"{'X ' * n_ctx}{name}." for name in classnames]))
 
     def logits(self, image_features, text_features):
         """(B, E), (K, E) -> (B, K): exp(logit_scale) * cosine, in fp32 also under autocast (logits of 30 need it)."""
@@ -384,6 +383,8 @@ class CLIP(nn.Module):
                 tower = "" if key.startswith(("visual.", "logit_scale")) else "text."
                 if key not in ("input_resolution", "context_length", "vocab_size"):  # in OpenAI's archives
                     state[tower + key.replace("transformer.resblocks.", "blocks.")] = tensor.detach()
+            if not all(tensor.is_floating_point() for tensor in state.values()):
+                raise ValueError("it has other numbers than floats, as a quantised model has")
             layers = Counter(key.split(".")[0] for key in state if key.endswith(".ln_1.weight"))
             width, _, patch, _ = state["visual.conv1.weight"].shape
             resolution = patch * math.isqrt(len(state["visual.positional_embedding"]) - 1)
@@ -472,10 +473,7 @@ class Method(nn.Module):
         return [*groups, dict(params=rest, lr=recipe["lr"], warmup_epochs=recipe["warmup_epochs"])]
 
     def prepare(self, batches, val=()):
-        """Look at the few-shot pictures before training, for a cache. `val`, which may be empty, stays as it is.
-
-        Both give (images, labels). Each walk through `batches` augments the pictures anew, in the same order.
-        """
+        """Make a cache, before training. Both give (images, labels); each walk through `batches` augments them anew."""
 
     def finish(self, val=()):
         """Choose constants after the training, by the validation pictures that prepare() was given."""
@@ -540,8 +538,9 @@ def read_weights(path):
             return read_safetensors(file)
         names = zipfile.ZipFile(file).namelist() if zipfile.is_zipfile(file) else []
         if any(name.endswith("/constants.pkl") for name in names):  # of torch.jit.save
-            warnings.filterwarnings("ignore", "`torch.jit.load`")  # is deprecated, but OpenAI's files need it
-            return torch.jit.load(path, map_location="cpu").state_dict()
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", FutureWarning)  # it is deprecated, but OpenAI's files need it
+                return torch.jit.load(path, map_location="cpu").state_dict()
         file.seek(0)
         return torch.load(file, map_location="cpu", weights_only=True)
 

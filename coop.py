@@ -93,7 +93,7 @@ class Prompts(nn.Module):
     def __init__(self, clip, classnames, n_ctx, n_front, csc=False):
         super().__init__()
         self.n_vectors = 0 if csc else n_front  # among the common tokens, which all prompts begin with
-        tokens = clip.tokenize([f"{' '.join(['X'] * n_ctx)} {name}." for name in classnames])  # (K, 77)
+        tokens = clip.tokenize([f"{'X ' * n_ctx}{name}." for name in classnames])  # (K, 77)
         order = torch.arange(tokens.shape[1], device=tokens.device).repeat(len(tokens), 1)  # the token in each place
         for row, name in zip(order, classnames, strict=True):
             sos, ctx, words, end = row.tensor_split([1, 1 + n_ctx, 1 + n_ctx + len(encode(name))])

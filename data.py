@@ -149,10 +149,9 @@ def augment(resolution, scale=(0.08, 1.0)):
 
 
 class Pictures:
-    """A view of a picture -> (tensor, label). A view is (the picture's number, the seed of the random transform).
+    """A view of a picture -> (tensor, label). A view is the picture's number and a seed, None where nothing is random.
 
-    The seed is None where the transform is not random. A picture that cannot be read stops the run: skipping it would
-    change the score.
+    A picture that cannot be read stops the run: skipping it would change the score.
     """
 
     def __init__(self, items, transform, own=False):
@@ -202,30 +201,24 @@ def plain_batches(items, clip, device, workers, own=False):
 class Batches:
     """Batches of images (B, 3, R, R) and labels (B,) on a device.
 
-    `for images, labels in batches` walks through all pictures in their order. `epoch(number)` walks through them in a
-    random order; with `drop_last` a last batch that is short is left out, unless it is the only one. With a `seed` the
-    pictures are augmented, each walk and each epoch in its own way. What they look like depends on the seed, the number
-    of the walk or epoch and the picture, and not on the number of workers. One walk has to end before the next begins.
+    `for images, labels in batches` walks through all pictures in their order, `epoch(number)` in a random one, where
+    `drop_last` leaves out a short last batch, unless it is the only one. With a `seed` they are augmented, by the seed,
+    the number of the walk or epoch and the picture, whatever the workers. One walk has to end before the next begins.
     """
 
     def __init__(self, pictures, batch_size, device, workers=0, seed=None, drop_last=False):
         self.pictures, self.device, self.batch_size, self.seed = pictures, device, batch_size, seed
         self.drop_last = drop_last and len(pictures.items) >= batch_size
-        self.walks = 0
-        self.next_batches = NextBatches()
+        self.walks, self.next_batches = 0, NextBatches()
         fork = "fork" if workers and sys.platform == "linux" else None  # shares decoded pictures without a copy
         self.loader = DataLoader(pictures, batch_sampler=self.next_batches, num_workers=workers,
                                  persistent_workers=workers > 0, multiprocessing_context=fork,
-                                 pin_memory=device.type == "cuda",
-                                 generator=torch.Generator())  # of its own: a walk must not move PyTorch's stream
+                                 pin_memory=device.type == "cuda", generator=torch.Generator())  # not PyTorch's stream
 
     def __len__(self):
         """Batches of an epoch."""
         batches = len(self.pictures.items) / self.batch_size
         return math.floor(batches) if self.drop_last else math.ceil(batches)
-
-    def __iter__(self):
-        return self.share()
 
     def share(self, rank=0, processes=1):
         """A walk in which each of several processes gets every `processes`-th batch."""
@@ -235,6 +228,8 @@ class Batches:
         for n, batch in enumerate(self.tensors(batches), 1):
             show(f"pictures  walk {self.walks}, batch {n} of {len(batches)}")
             yield batch
+
+    __iter__ = share
 
     def epoch(self, number, first=0, rank=0, processes=1):
         """Batches in random order, the same for the same seed and number, from the batch `first` on.
@@ -260,13 +255,9 @@ class Batches:
 
 
 class NextBatches:
-    """The batches of views that the DataLoader loads next. It asks for them when a walk or an epoch begins.
+    """What the DataLoader loads in the next walk or epoch. A new DataLoader for each would start its workers anew."""
 
-    A new DataLoader for each walk would be simpler, but would have to start its workers anew.
-    """
-
-    def __init__(self):
-        self.batches = []
+    batches = ()  # of views
 
     def __iter__(self):
         return iter(self.batches)

@@ -240,10 +240,9 @@ def train(method, few_shot, recipe, machine, checkpoint=None):
 
 
 def learning_rate(base, epoch, epochs, warmup_epochs):
-    """Dassl's schedule: 1e-5 for the first `warmup_epochs`, then a cosine whose period is not shortened by them.
+    """Dassl's schedule: 1e-5 in `warmup_epochs`, then a cosine from base, cut off by their number, so it ends above 0.
 
-    So the cosine starts at base and ends above zero. CoOp, VPT, DPT and UPT were trained with it, one rate per epoch. A
-    fraction of an epoch and no warm-up give the plain cosine over all steps, FG-VPL's.
+    CoOp, VPT, DPT and UPT have one rate per epoch; fractions of epochs, without warm-up, give FG-VPL's plain cosine.
     """
     if epoch < warmup_epochs:
         return 1e-5

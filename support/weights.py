@@ -59,9 +59,6 @@ def build_clip(state, activation="quickgelu", vision_heads=None, text_heads=None
         raise UserError(f"The activation is {activation}: choose {' or '.join(ACTIVATIONS)}.")
     clip = CLIP.from_state_dict(state, activation, vision_heads, text_heads)
     for name, parameter in clip.named_parameters():
-        if not parameter.is_floating_point():
-            raise UserError(f"These are not the weights of a CLIP ViT: {name} is of {parameter.dtype}, as in a "
-                            "quantised model.")
         if not (parameter.numel() and clip.visual.resolution):
             raise UserError("These are not the weights of a CLIP ViT: one of its sizes is 0.")
         if not all(extreme.isfinite() for extreme in parameter.aminmax()):  # both are NaN where a number is

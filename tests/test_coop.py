@@ -213,6 +213,12 @@ def test_two_methods_share_a_clip_that_never_changes(clip):
 # ---- The interface ----
 
 
+@pytest.mark.parametrize("options, shape", [({}, (16, 64)), (dict(n_ctx=3, csc=True), (len(NAMES), 3, 64))])
+def test_contexts_are_all_that_is_learned(options, shape, clip):
+    method = CoOp(clip, NAMES, **options)
+    assert method.contexts() is method.ctx and method.ctx.shape == shape
+
+
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_shapes(options, clip):
     method, images = CoOp(clip, NAMES, **options), picture(32, 3)

@@ -146,7 +146,7 @@ def test_a_stream_that_is_no_terminal_gets_the_lines_of_a_log(capsys):
 
 def test_in_the_locale_c_without_utf_8_mode_a_run_is_the_same(world, programs):
     status, stdout, stderr = programs["c"]
-    assert status == 0 and b"Traceback" not in stderr, stderr
+    assert (status, stderr) == (0, b"")  # no warning of Python's either
     (run,), (first, _) = finished(world / "c"), finished(world / "runs")
     for file in "predictions.csv", "prompts.pt":
         assert (run / file).read_bytes() == (first / file).read_bytes(), file

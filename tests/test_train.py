@@ -1374,7 +1374,8 @@ def test_output_that_cannot_be_written_is_found_before_training(error, tmp_path,
 
 
 def test_from_the_shell_an_error_is_one_line_and_status_2_and_a_reader_that_has_seen_enough_no_word(usual, tmp_path):
-    with program("--data", "nothing") as mistaken, program(*usual, "--method", "zeroshot", "--out", tmp_path) as cut:
+    zeroshot = *usual, "--method", "zeroshot", "--out", tmp_path
+    with program(tmp_path, "--data", "nothing") as mistaken, program(tmp_path, *zeroshot) as cut:
         cut.stdout.close()
         out, error = mistaken.communicate()
         assert out == b"" and error.startswith(b"error: ") and error.count(b"\n") == 1
@@ -1382,10 +1383,10 @@ def test_from_the_shell_an_error_is_one_line_and_status_2_and_a_reader_that_has_
     assert (mistaken.returncode, cut.returncode) == (2, 1)
 
 
-def program(*words):
-    """The real program, at the same time as others."""
+def program(folder, *words):
+    """The real program, started in a folder, at the same time as others."""
     command = [sys.executable, SCRIPT, *map(str, words)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    return subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
 # ---- The house, and the commands that are written down ----
