@@ -165,18 +165,18 @@ def test_towers_held_in_half_precision_compute_the_same_bits_under_autocast(name
 
 @every_trained_method
 def test_groups_hold_every_learned_tensor_once_and_parts_have_rates_of_their_own(name, clip):
+    """They come in the order of the recipe, the others in the method's: a checkpoint relies on it."""
     method = make(name, clip)
-    groups = method.parameter_groups()
-    parts = [part for part in METHODS[name].recipe.get("parts", {}) if part in learned(method)]
-    assert len(groups) == 1 + len(parts)
-    first, rates = next(iter(learned(method))), dict(lr=0.5, warmup_epochs=7)
-    recipe = dict(lr=0.25, warmup_epochs=3, parts={first: rates, "none of its tensors": rates})
-    own, rest = others = method.parameter_groups(recipe)
-    assert own["params"][0] is learned(method)[first] and len(own["params"]) == 1
-    assert [(group["lr"], group["warmup_epochs"]) for group in others] == [(0.5, 7), (0.25, 3)]
-    order = [*parts, *(part for part in learned(method) if part not in parts)]  # which a checkpoint relies on
-    assert [id(p) for group in groups for p in group["params"]] == [id(learned(method)[part]) for part in order]
-    assert [id(p) for group in others for p in group["params"]] == [id(p) for p in learned(method).values()]
+    tensors, rates = learned(method), dict(lr=0.5, warmup_epochs=7)
+    last_and_first = {list(tensors)[-1]: rates, list(tensors)[0]: rates}
+    recipe = dict(lr=0.25, warmup_epochs=3, parts=last_and_first | {"none of its tensors": rates})
+    for groups, parts in ((method.parameter_groups(), METHODS[name].recipe.get("parts", {})),
+                          (method.parameter_groups(recipe), last_and_first)):
+        parts = [part for part in parts if part in tensors]
+        order = [[part] for part in parts] + [[part for part in tensors if part not in parts]]
+        held = [[id(p) for p in group["params"]] for group in groups]
+        assert held == [[id(tensors[part]) for part in of_group] for of_group in order]
+    assert [(group["lr"], group["warmup_epochs"]) for group in groups] == [(0.5, 7)] * len(parts) + [(0.25, 3)]
 
 
 @every_method
